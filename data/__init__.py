@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, preparation into shards, and the stream of batches."""

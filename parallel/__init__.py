@@ -1,0 +1,1 @@
+"""One mesh, and how a model is laid over it."""

@@ -1,0 +1,1 @@
+"""The command line, the run's configuration, the loop, and everything that listens to it."""
