@@ -1,0 +1,76 @@
+"""One layer: attention and feed-forward around the residual stream. B batch, T sequence, D d_model."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import ATTENTION
+from model.cache import LayerCache
+from model.config import ModelConfig
+from model.cost import Cost
+from model.feedforward import FEEDFORWARD
+from model.masks import Mask
+from model.norms import NORMS
+from model.positions import Rotation
+
+
+class Block(nn.Module):
+    """Placements of the norms, f being attention or feed-forward:
+
+    pre       x + f(norm(x))
+    post      norm(x + f(x))
+    sandwich  x + output_norm(f(norm(x)))
+
+    With parallel_layers there is one such step, f being the sum of both on the same input.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        norm = NORMS[config.norm.type]
+        self.placement = config.norm.placement
+        self.parallel = config.parallel_layers
+        self.dropout = config.dropout
+        self.attention_norm = norm(config)
+        self.attention = ATTENTION[config.attention.variant](config)
+        self.attention_output_norm = norm(config) if self.placement == "sandwich" else None
+        self.feedforward_norm = None if self.parallel else norm(config)
+        self.feedforward = FEEDFORWARD[config.ffn.variant](config)
+        has_output_norm = self.placement == "sandwich" and not self.parallel
+        self.feedforward_output_norm = norm(config) if has_output_norm else None
+
+    def forward(
+        self, x: Tensor, mask: Mask, rotation: Rotation | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+
+        def attention(h: Tensor) -> Tensor:
+            return self.attention(h, mask, rotation, cache)
+
+        def both(h: Tensor) -> Tensor:
+            return attention(h) + self.feedforward(h)
+
+        if self.feedforward_norm is None:
+            return self._residual(x, both, self.attention_norm, self.attention_output_norm)
+        x = self._residual(x, attention, self.attention_norm, self.attention_output_norm)
+        return self._residual(x, self.feedforward, self.feedforward_norm, self.feedforward_output_norm)
+
+    def _residual(
+        self, x: Tensor, layer: Callable[[Tensor], Tensor], norm: nn.Module, output_norm: nn.Module | None
+    ) -> Tensor:
+        if self.placement == "post":
+            return norm(x + F.dropout(layer(x), self.dropout, self.training))
+        change = layer(norm(x))
+        if output_norm is not None:
+            change = output_norm(change)
+        return x + F.dropout(change, self.dropout, self.training)
+
+    @staticmethod
+    def cost(config: ModelConfig, seq_len: int) -> Cost:
+        steps = 1 if config.parallel_layers else 2
+        norms = steps * (2 if config.norm.placement == "sandwich" else 1)
+        return (
+            NORMS[config.norm.type].cost(config) * norms
+            + ATTENTION[config.attention.variant].cost(config, seq_len)
+            + FEEDFORWARD[config.ffn.variant].cost(config)
+        )

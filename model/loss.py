@@ -1,0 +1,83 @@
+"""Cross-entropy of a language model's head without the logits of all tokens at once.
+
+N tokens, D d_model, V vocabulary. Per chunk of tokens the logits are made, turned in place into the loss's
+gradient with respect to them, and multiplied into the gradients of hidden states and head; the backward only
+scales these.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The target of a token that is not scored."""
+
+CHUNK_ELEMENTS = 1 << 23
+"""Logits held at once, at most (but at least one token's)."""
+
+
+def token_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over scored tokens of -log softmax(hidden @ weight.T)[target].
+
+    hidden (N, D), weight (V, D), targets (N,) int64, IGNORE_INDEX where not scored -> scalar, in fp32 (fp64
+    for fp64). Softmax, sum and the weight's gradient are computed in that dtype. No second derivative.
+    """
+    return _TokenLossSum.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
+class _TokenLossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            part, target = hidden[rows], targets[rows].unsqueeze(1)
+            scored = target != IGNORE_INDEX
+            target = target.where(scored, 0)
+            logits = (part @ weight.t()).to(wide)
+            total += _softmax_(logits, target, scored)
+            if hidden_grad is None and weight_grad is None:
+                continue
+            logits.scatter_add_(1, target, -scored.to(wide))
+            slope = logits.to(weight.dtype)
+            if hidden_grad is not None:
+                torch.mm(slope, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                _add_product_(weight_grad, slope, part)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        # a second V x D matrix is worth avoiding, unless the graph is kept for another backward
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        if hidden_grad is not None:
+            hidden_grad = scale(hidden_grad, grad)
+        if weight_grad is not None:
+            weight_grad = scale(weight_grad, grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
+
+
+def _softmax_(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor:
+    """Logits (n, V) become probabilities in place, zeros in rows not scored; returns the sum of losses."""
+    peak = logits.amax(dim=1, keepdim=True)
+    at_target = logits.gather(1, target)
+    mass = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
+    logits.mul_(scored / mass)
+    return (mass.log() + peak - at_target).masked_fill(~scored, 0.0).sum()
+
+
+def _add_product_(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """total (V, D) += slope.T (V, n) @ hidden (n, D), the sum in the total's dtype."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.t(), hidden)
+    else:
+        total += slope.t() @ hidden

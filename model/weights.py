@@ -1,0 +1,61 @@
+"""What a component says of its own parameters, as plain data: how they may be cut and how they start.
+
+A component with parameters has `weights() -> dict[str, Weight]`, keyed by the name relative to it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+Sharding = Literal["replicated", "column", "row", "heads", "kv_heads", "heads_in", "vocabulary"]
+Init = Literal["normal", "residual", "zeros", "ones"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Declaration of one parameter.
+
+    sharding: which dim may be cut. column: the output features (dim 0). row: the input features (dim 1).
+    heads: dim 0, H * E, by head. kv_heads: dim 0, K * E, by head. heads_in: dim 1, H * E, by head.
+    vocabulary: dim 0, V. replicated: none.
+    init: residual is normal, smaller by sqrt(2 * num_layers) where the config asks for that.
+    """
+
+    sharding: Sharding
+    init: Init
+
+
+@runtime_checkable
+class Declares(Protocol):
+    def weights(self) -> dict[str, Weight]: ...
+
+
+def linear_weights(
+    name: str, layer: nn.Linear, sharding: Sharding, init: Init = "normal"
+) -> dict[str, Weight]:
+    """Declare a linear layer; its bias is cut as its output is."""
+    weights = {f"{name}.weight": Weight(sharding, init)}
+    if layer.bias is not None:
+        cuts_output = sharding not in ("row", "heads_in")
+        weights[f"{name}.bias"] = Weight(sharding if cuts_output else "replicated", "zeros")
+    return weights
+
+
+def declared_weights(model: nn.Module) -> dict[str, Weight]:
+    """All declarations of a model by full parameter name, a tied parameter once.
+
+    Raises ValueError if a parameter is not declared or a declaration has no parameter.
+    """
+    declared: dict[str, Weight] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, Declares):
+            for name, weight in module.weights().items():
+                declared[f"{prefix}.{name}" if prefix else name] = weight
+    names = {name for name, _ in model.named_parameters()}
+    if names != declared.keys():
+        raise ValueError(
+            f"weights() and parameters differ: undeclared {sorted(names - declared.keys())}, "
+            f"declared without a parameter {sorted(declared.keys() - names)}"
+        )
+    return declared
