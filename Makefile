@@ -1,0 +1,38 @@
+# `make demo` and `make test` are all the set-up there is: both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-quick lint bench-quick
+
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+datasets/demo/dataset.json: | $(VENV)/.installed
+	trireme prepare --source python-stdlib --out datasets/demo --vocab-size 4096 --seq-len 256
+
+demo: $(VENV)/.installed datasets/demo/dataset.json
+	trireme train configs/demo.yaml
+	trireme evaluate runs/demo
+	trireme plot runs/demo
+	trireme generate runs/demo --prompt 'def main(' --max-new-tokens 96
+	@echo
+	@echo 'The run is in runs/demo: config.yaml, metrics.jsonl, curves.png, checkpoints/, tensorboard/.'
+	@echo 'Its data are in datasets/demo. Watch it: $(BIN)/tensorboard --logdir runs'
+
+lint: $(VENV)/.installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+test: lint
+	pytest
+
+test-quick: $(VENV)/.installed
+	pytest -m 'not slow'
+
+bench-quick: $(VENV)/.installed
+	python -m benchmarks.quick

@@ -1,0 +1,42 @@
+"""From a configuration to a model that is laid over the mesh, initialized and ready to train."""
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from model.build import build_model
+from model.config import ModelConfig
+from parallel.activation_checkpoint import checkpoint_activations
+from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from parallel.fsdp import ShardedModel, master_dtype, shard
+from parallel.initialize import initialize_shards
+
+
+def lay_out(
+    model_config: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compilation: CompileConfig,
+    mesh: DeviceMesh,
+    seed: int,
+) -> ShardedModel:
+    """Build, lay out and initialize. The order matters:
+
+    1. build on the meta device, so that no rank ever holds a whole model;
+    2. activation checkpointing innermost, so that what is compiled contains the recomputation;
+    3. compile block by block, inside of sharding, whose hooks can't be compiled;
+    4. shard, then allocate and fill only the local shards.
+    """
+    with torch.device("meta"):
+        model = build_model(model_config).to(master_dtype(precision))
+    checkpoint_activations(model, activation_checkpoint)
+    if compilation.enabled:
+        for block in cast(nn.ModuleList, model.blocks):
+            block.compile()
+    sharded = shard(model, mesh, parallel, precision)
+    model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
+    initialize_shards(model, model_config, seed)
+    return sharded

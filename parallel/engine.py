@@ -1,0 +1,169 @@
+"""The torch engine: one optimizer step of a sharded model, with a loss and a gradient norm that are global."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from model.config import ModelConfig
+from model.loss import IGNORE_INDEX
+from parallel.apply import lay_out
+from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from parallel.loss_scale import LossScale
+from parallel.mesh import Layout
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Batch(Protocol):
+    """One rank's share of a global batch."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T) int64."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) int64, `IGNORE_INDEX` where not scored."""
+
+    def micro_batches(self, size: int) -> Iterator["Batch"]:
+        """Successive cuts of `size` sequences."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on `device`."""
+
+
+class TorchEngine:
+    """Holds the sharded `model` and its optimizer; every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        activation_checkpoint: ActivationCheckpointConfig,
+        compilation: CompileConfig,
+        *,
+        layout: Layout,
+        mesh: DeviceMesh,
+        device: torch.device,
+        make_optimizer: MakeOptimizer,
+        micro_batch_size: int,
+        max_grad_norm: float,
+        seed: int,
+    ) -> None:
+        self.device = device
+        self.seed = seed
+        self.layout = layout
+        self.micro_batch_size = micro_batch_size
+        self.max_grad_norm = max_grad_norm
+        self.model = lay_out(
+            model_config, parallel, precision, activation_checkpoint, compilation, mesh, seed
+        )
+        self.optimizer = make_optimizer(self.model)
+        self.loss_scale = LossScale(device, enabled=precision == "fp16")
+
+    def forward_backward(self, batch: Batch, step: int) -> Tensor:
+        """Accumulate the gradient of the mean loss over all targets of the global batch.
+
+        Random draws (dropout) are a function of (seed, step, data-parallel rank), so none need be saved.
+
+        Returns the loss (), on the device: the sum over target tokens divided by their global count.
+        """
+        torch.manual_seed(_seed_of(self.seed, step, dist.get_rank()))
+        batch = batch.to(self.device)
+        count = (batch.targets != IGNORE_INDEX).sum()
+        dist.all_reduce(count)
+        count = count.clamp(min=1)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        micro_batches = list(batch.micro_batches(self.micro_batch_size))
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            # With sharded weights every micro-batch reduces, lest each rank hold a whole gradient;
+            # replicas are summed once, after the last.
+            self.model.set_requires_gradient_sync(last or self.layout.dp_shard > 1)
+            self.model.set_requires_all_reduce(last)
+            loss_sum = self.model.loss_sum(micro_batch.tokens, micro_batch.targets)
+            (loss_sum * self.loss_scale.scale / count).backward()
+            total += loss_sum.detach()
+        dist.all_reduce(total)
+        return total / count
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, update the weights and clear the gradients. Returns the global gradient norm before clipping, ().
+
+        Where the norm is not finite, the update is skipped on every rank alike, without asking the host.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [cast(Tensor, p.grad) for p in parameters]
+        norm = get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        norm = norm.to(self.device) / self.loss_scale.scale
+        overflow = (~norm.isfinite()).float()
+        if self.loss_scale.enabled:
+            torch._foreach_mul_([_local(g) for g in gradients], 1.0 / self.loss_scale.scale)
+        clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        self.loss_scale.update(overflow)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # the fused optimizers read these two attributes on the device, as under torch.amp.GradScaler
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over all targets of `batches`, of which every rank has the same number."""
+        self.model.eval()
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for batch in batches:
+            batch = batch.to(self.device)
+            sums[0] += self.model.loss_sum(batch.tokens, batch.targets)
+            sums[1] += (batch.targets != IGNORE_INDEX).sum()
+        dist.all_reduce(sums)
+        self.model.train()
+        return (sums[0] / sums[1]).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, to be saved, or to be loaded into in place."""
+        return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the training state by name: weights, optimizer, loss scale."""
+        if not self.optimizer.state:
+            self._allocate_optimizer_state()
+        tensors = self.weights()
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors | {f"loss_scale.{key}": value for key, value in self.loss_scale.state().items()}
+
+    def _allocate_optimizer_state(self) -> None:
+        """Optimizers make their state at the first step: one of no gradient and no learning rate changes no weight."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for values in self.optimizer.state.values():
+            for value in values.values():
+                _local(value).zero_()
+
+
+def _seed_of(*parts: int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,66 @@
+"""FSDP2: weights, gradients and optimizer state sharded over the data-parallel ranks."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from parallel.config import ParallelConfig, Precision
+
+COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+class ShardedModel(FSDPModule, nn.Module):
+    """What `fully_shard` turns a model into: both at once, for the type checker."""
+
+    loss_sum: Callable[[Tensor, Tensor], Tensor]
+
+
+def master_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of stored weights, reduced gradients and optimizer state."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
+    """Shard every block, then what is left (embedding, last norm, head), in place.
+
+    Gradients are summed over the ranks, not averaged: the loss is already divided by the global number of
+    targets. Inputs are not cast: embeddings come out in the compute dtype, rotations stay in fp32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPE[precision], reduce_dtype=master_dtype(precision), cast_forward_inputs=False
+    )
+    offload = OffloadPolicy()
+    if config.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    for block in cast(nn.ModuleList, model.blocks):
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=config.reshard_after_forward,
+        )
+    sharded = cast(ShardedModel, fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload))
+    register_fsdp_forward_method(sharded, "loss_sum")
+    for module in sharded.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no pre-multiplied sum, by which FSDP2 would otherwise divide by 1
+            module.set_force_sum_reduction_for_comms(True)
+    return sharded

@@ -1,0 +1,35 @@
+"""Initial weights of a sharded model: each rank generates the rows that it owns, and no others."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from model.config import ModelConfig
+from model.initialize import initial_rows
+from model.weights import declared_weights
+
+
+@torch.no_grad()
+def initialize_shards(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill the local shard of every parameter in place, bit-equal to the same cut of the whole parameter.
+
+    The values are a function of (seed, parameter name, index) alone; see `model.initialize`.
+    """
+    weights = declared_weights(model)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+        else:
+            local, shape, offset = parameter, tuple(parameter.shape), (0,) * parameter.dim()
+        if local.numel() == 0:
+            continue
+        rows = initial_rows(
+            name, weights[name], tuple(parameter.shape), config, seed, offset[0], offset[0] + shape[0]
+        )
+        for dim in range(1, parameter.dim()):
+            rows = rows.narrow(dim, offset[dim], shape[dim])
+        local.copy_(rows)

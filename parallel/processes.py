@@ -1,0 +1,125 @@
+"""Processes and their group: joining the launcher's, being one alone, or starting a pool of gloo workers."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch._C._distributed_c10d import FileStore, HashStore
+
+from parallel.errors import LayoutError
+
+
+def pick_device() -> torch.device:
+    """This process's device: its GPU where there are any, else the CPU.
+
+    Raises:
+        LayoutError: more processes on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"process {local_rank} of this node has no GPU of its own: there are {torch.cuda.device_count()}; "
+            f"start at most that many per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that torchrun or Slurm set up in the environment, or be a group of one."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank, agreed on the host: the device is not waited for."""
+    agreed = torch.tensor(int(flag))
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return bool(agreed.item())
+
+
+class WorkerPool:
+    """`size` gloo processes on this machine that run functions together, started once and reused.
+
+    Use as a context manager. Functions and their arguments are pickled, so they must be importable.
+    """
+
+    def __init__(self, size: int, threads: int = 1) -> None:
+        self.size = size
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="trireme-pool-")
+        store = str(Path(self._folder.name) / "store")
+        self._pipes = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, threads, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` in every process at once; the results by rank.
+
+        Raises:
+            RuntimeError: a call failed, with the traceback of the first that did; the pool is then closed.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        outcomes = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                succeeded, value = pipe.recv()
+            except EOFError:
+                succeeded, value = False, "the process ended"
+            if not succeeded:
+                self.close()
+                raise RuntimeError(f"rank {rank} of {self.size} failed: {value}")
+            outcomes.append(value)
+        return outcomes
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _serve(rank: int, size: int, store: str, threads: int, pipe: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
+    while True:
+        function, args = pipe.recv()
+        try:
+            outcome = (True, function(*args))
+        except BaseException:  # noqa: BLE001 - whatever it was, the caller gets its traceback
+            outcome = (False, traceback.format_exc())
+        pipe.send(outcome)

@@ -1,0 +1,78 @@
+"""Rules of the house that a reader relies on."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+MAY_IMPORT = {
+    "model": {"model"},
+    "data": {"data"},
+    "slurm": {"slurm"},
+    "parallel": {"parallel", "model"},
+    "train": {"train", "parallel", "model", "data", "slurm"},
+}
+
+
+def imports_of(source: str) -> set[str]:
+    """The top-level names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_go_one_way(room: str) -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / room).rglob("*.py")
+        for name in imports_of(path.read_text()) & (MAY_IMPORT.keys() - MAY_IMPORT[room])
+    }
+    assert not wrong
+
+
+def test_the_import_check_sees_a_wrong_import() -> None:
+    assert "train" in imports_of("def f():\n    from train.config import Config\n")
+
+
+def test_the_model_knows_no_ranks() -> None:
+    for path in (ROOT / "model").rglob("*.py"):
+        assert "torch.distributed" not in path.read_text(), path
+
+
+def test_nothing_is_unpickled() -> None:
+    pattern = re.compile(r"\bpickle\b|torch\.load\(|\beval\(\s*['\"f]|shell=True|os\.system")
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            assert not pattern.search(path.read_text()), path
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from train.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'streaming', 'pydantic', 'numpy', 'yaml'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", ["prepare", "train", "generate", "evaluate", "plot", "config show", "config list"]
+)
+def test_every_command_shows_an_example(command: str) -> None:
+    code = "import sys; from train.cli import app; app(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"trireme {command}" in done.stdout.partition("Example:")[2]

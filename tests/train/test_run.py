@@ -1,0 +1,145 @@
+"""Whole runs: they learn, resume to the last bit, compute alike on any number of processes, and say what they do."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from parallel.processes import WorkerPool
+from tests.train.running import losses, train_here
+from train.errors import RunError
+from train.run_folder import RunFolder, read_metrics
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resumed_run_equals_an_undisturbed_one(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, world: int
+) -> None:
+    dropout = "model.dropout=0.1"
+    whole = [f"run.dir={tmp_path}", "run.name=whole", "run.steps=8", dropout]
+    parts = [f"run.dir={tmp_path}", "run.name=parts", dropout]
+    pools[world].run(train_here, tiny_config, whole)
+    pools[world].run(train_here, tiny_config, [*parts, "run.steps=4"])
+    assert pools[world].run(train_here, tiny_config, [*parts, "run.steps=8"]) == [8] * world
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_resumed_after_a_crash_past_the_checkpoint(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    common = [f"run.dir={tmp_path}", "run.steps=6"]
+    pools[1].run(train_here, tiny_config, [*common, "run.name=whole"])
+    pools[1].run(train_here, tiny_config, [*common, "run.name=crashed", "checkpoint.every_steps=2"])
+    crashed = RunFolder(tmp_path / "crashed")
+    # as after a kill in step 6: its checkpoint is only half there, its line is cut short
+    (crashed.checkpoints / "step-00000006").rename(crashed.checkpoints / "step-00000006.tmp")
+    crashed.metrics.write_text(crashed.metrics.read_text()[:-20])
+    pools[1].run(train_here, tiny_config, [*common, "run.name=crashed"])
+    assert losses(tmp_path / "crashed") == losses(tmp_path / "whole")
+
+
+def test_any_number_of_processes_computes_the_same_run(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    common = [f"run.dir={tmp_path}", "precision=fp64", "run.steps=12"]
+    pools[1].run(train_here, tiny_config, [*common, "run.name=one", "data.micro_batch_size=8"])
+    pools[2].run(train_here, tiny_config, [*common, "run.name=two"])
+    pools[4].run(train_here, tiny_config, [*common, "run.name=four", "parallel.dp_replicate=2"])
+    one = losses(tmp_path / "one")
+    for other in ("two", "four"):
+        for (_, loss, norm), (_, other_loss, other_norm) in zip(one, losses(tmp_path / other), strict=True):
+            assert other_loss == pytest.approx(loss, rel=1e-9)
+            assert other_norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_moves_to_another_number_of_processes(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    common = [f"run.dir={tmp_path}", "precision=fp64"]
+    pools[1].run(train_here, tiny_config, [*common, "run.name=one", "run.steps=8"])
+    pools[2].run(train_here, tiny_config, [*common, "run.name=moved", "run.steps=4"])
+    pools[1].run(train_here, tiny_config, [*common, "run.name=moved", "run.steps=8"])
+    for (_, loss, norm), (_, moved_loss, moved_norm) in zip(
+        losses(tmp_path / "one"), losses(tmp_path / "moved"), strict=True
+    ):
+        assert (moved_loss, moved_norm) == (pytest.approx(loss, rel=1e-9), pytest.approx(norm, rel=1e-9))
+
+
+def test_learns_and_records(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
+    overrides = [
+        f"run.dir={tmp_path}",
+        "run.steps=30",
+        "evaluation.every_steps=15",
+        "evaluation.sample_every_steps=30",
+        "evaluation.sample_tokens=8",
+        "evaluation.sample_prompt=The",
+    ]
+    pools[2].run(train_here, tiny_config, overrides)
+    folder = RunFolder(tmp_path / "run")
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["tokens"] == 30 * 8 * 32
+    assert rows[0]["loss"] == pytest.approx(math.log(304), rel=0.05)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [15, 30]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
+        assert 0 < row["mfu"] < 1
+        assert 0 <= row["data_seconds"] < row["step_seconds"]
+        assert row["memory_bytes"] > 2**20
+
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 31))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in rows])
+    assert [event.step for event in events.Scalars("validation/loss")] == [15, 30]
+    assert {"config/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
+    text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "The" in text
+    assert json.loads((folder.checkpoints / "step-00000030" / "manifest.json").read_text())["world_size"] == 2
+
+
+def test_stops_by_tokens(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path}", "run.steps=null", "run.tokens=600"]  # 256 a step
+    assert pools[1].run(train_here, tiny_config, overrides) == [3]
+
+
+def test_stops_by_time_and_goes_on(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path}", "run.steps=100000"]
+    (first,) = pools[1].run(train_here, tiny_config, [*overrides, "run.wall_time=1s"])
+    assert 0 < first < 100_000
+    (second,) = pools[1].run(train_here, tiny_config, [*overrides, "run.wall_time=1s"])
+    assert second > first
+    assert len(read_metrics(RunFolder(tmp_path / "run"))) == second
+
+
+@pytest.mark.parametrize("override", ["model.d_model=64", "optimizer.lr=0.5", "run.seed=1", "precision=bf16"])
+def test_folder_of_another_run_is_refused(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, override: str
+) -> None:
+    from train import run_folder
+    from train.config_file import load_config
+    from train.resolve import resolve
+
+    pools[1].run(train_here, tiny_config, [f"run.dir={tmp_path}", "run.steps=1"])
+    plan = resolve(load_config(tiny_config, [f"run.dir={tmp_path}", override]), world_size=1)
+    with pytest.raises(RunError, match=f"was begun with {override.partition('=')[0]}=") as caught:
+        run_folder.check_same_run(run_folder.folder_of(plan.config), plan)
+    assert "begin another run with run.name=NAME" in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, precision: str
+) -> None:
+    overrides = [
+        f"run.dir={tmp_path}",
+        "run.steps=20",
+        f"precision={precision}",
+        "activation_checkpoint.mode=full",
+    ]
+    pools[2].run(train_here, tiny_config, overrides)
+    rows = losses(tmp_path / "run")
+    assert rows[-1][1] < 0.85 * rows[0][1]

@@ -1,0 +1,175 @@
+"""Checkpoints: safetensors and JSON, each existing wholly or not at all, readable at any layout."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from train.errors import RunError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors."""
+
+    step: int
+    tokens: int
+    data: dict[str, Any]
+    """The position in the data, as `data.stream.TrainingStream.state_dict` gives it."""
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> Path:
+    """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove all but the newest `keep`.
+
+    It is written aside, checksummed, brought to the disk and renamed, so that what bears the name is whole.
+
+    Raises:
+        RunError: the disk is full, or can't be written to.
+    """
+    final = folder / f"step-{progress.step:08d}"
+    aside = final.with_suffix(".tmp")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    try:
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    except CheckpointException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(_reason(error, f"{final}: not saved")) from None
+    if first:
+        _commit(aside, final, progress)
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def _commit(aside: Path, final: Path, progress: Progress) -> None:
+    files = sorted(file for file in aside.rglob("*") if file.is_file())
+    manifest = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "world_size": dist.get_world_size(),
+        "progress": asdict(progress),
+        "files": {
+            str(file.relative_to(aside)): {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+            for file in files
+        },
+    }
+    manifest_file = aside / MANIFEST
+    manifest_file.write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, manifest_file, aside]:
+        _to_disk(path)
+    if final.exists():  # the same step again, after going back to an earlier checkpoint
+        shutil.rmtree(final)
+    aside.rename(final)
+    _to_disk(final.parent)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest(folder: Path, log: logging.Logger) -> Path | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are passed over, and named."""
+    for path in reversed(complete(folder)):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        log.warning("%s is damaged (%s): going back to the one before", path, damage)
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, fact in manifest["files"].items():
+            file = path / name
+            if not file.resolve().is_relative_to(path.resolve()):
+                return f"{name} leads out of the folder"
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != fact["bytes"] or _checksum(file) != fact["sha256"]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {type(error).__name__}: {error}"
+    return None
+
+
+def load_progress(path: Path) -> Progress:
+    """Where the run stood.
+
+    Raises:
+        RunError: the checkpoint is of another format.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest["format"] != FORMAT:
+        raise RunError(
+            f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}: "
+            f"use the version that wrote it"
+        )
+    return Progress(**manifest["progress"])
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place, at whatever layout they are. Several processes call it together.
+
+    Raises:
+        RunError: a name is missing, or its shape or dtype differs.
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    stored = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise RunError(f"{path}: has no tensor {name!r}: it was saved from another model")
+        shape, dtype = tuple(stored[name].size), stored[name].properties.dtype
+        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+            raise RunError(
+                f"{path}: {name} is {dtype} of {shape}, but the run needs {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise RunError(_reason(error, f"{path}: not loaded")) from None
+
+
+def _reason(error: CheckpointException, what: str) -> str:
+    cause = next(iter(error.failures.values()))[0]
+    return f"{what}: {type(cause).__name__}: {cause}"
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

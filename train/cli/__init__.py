@@ -1,0 +1,26 @@
+"""The command line. Commands import what they need when they run, so that `trireme --help` is quick."""
+
+import typer
+
+from train.cli import config, evaluate, generate, plot, prepare, train
+from train.errors import told_in_one_line
+
+app = typer.Typer(
+    help="Trireme: distributed pretraining in which every layout proves itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(prepare.prepare)
+app.command()(train.train)
+app.command()(generate.generate)
+app.command()(evaluate.evaluate)
+app.command()(plot.plot)
+app.add_typer(config.app, name="config")
+
+
+def main() -> None:
+    """The `trireme` command."""
+    with told_in_one_line():
+        app()

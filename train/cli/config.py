@@ -1,0 +1,53 @@
+"""`trireme config`"""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+
+
+@app.command()
+def show(
+    config: Annotated[str, typer.Argument(help="A configuration file, or the name of one below configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value ...", metavar="OVERRIDES")
+    ] = None,
+) -> None:
+    """Print every key with its value and where that came from.
+
+    Example: `trireme config show tiny data.path=datasets/demo optimizer.lr=1e-3`
+    """
+    from train.config_file import all_keys, load_config
+
+    loaded = load_config(config, overrides or [])
+    tree = loaded.config.model_dump(mode="json")
+    rows = []
+    for key in all_keys(type(loaded.config)):
+        value = tree
+        for part in key.split("."):
+            value = value[part]
+        rows.append((f"{key}: {_yaml(value)}", loaded.sources.get(key, "default")))
+    width = max(len(text) for text, _ in rows)
+    for text, source in rows:
+        print(f"{text:<{width}}  # {source}")
+
+
+@app.command("list")
+def list_configs() -> None:
+    """Name the configurations that come with the project.
+
+    Example: `trireme config list`
+    """
+    from train.config_file import CONFIGS, all_configs
+
+    for path in all_configs():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        about = first.removeprefix("#").strip() if first.startswith("#") else ""
+        print(f"{path.relative_to(CONFIGS.parent)!s:<32} {about}")
+
+
+def _yaml(value: object) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

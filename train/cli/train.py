@@ -1,0 +1,22 @@
+"""`trireme train`"""
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A configuration file, or the name of one below configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value ...", metavar="OVERRIDES")
+    ] = None,
+) -> None:
+    """Train a model, or go on with a run that was interrupted.
+
+    Starts as many processes as the layout needs. Under torchrun, use `torchrun ... -m train CONFIG` instead.
+
+    Example: `trireme train configs/demo.yaml run.name=wide model.d_model=512`
+    """
+    from train.launch import launch
+
+    launch(config, overrides or [])

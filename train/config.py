@@ -1,0 +1,142 @@
+"""The run's configuration: the sections of all rooms in one tree, and the checks that span several of them."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from train.duration import parse_seconds
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+
+
+def _file_name(value: str) -> str:
+    if not value or value in {".", ".."} or any(c in "/\\\0\n" for c in value):
+        raise ValueError(f"{value!r} is not a folder's name: use letters, digits, '.', '_' and '-'")
+    return value
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are refused, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """What the run is called and how long it goes on."""
+
+    name: Annotated[str, AfterValidator(_file_name)] = "run"
+    """The run's folder is `dir`/`name`."""
+    dir: str = "runs"
+    """The folder that holds the runs."""
+    seed: int = Field(0, ge=0)
+    """Fixes the initial weights, the order of the data and every random draw."""
+    steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps."""
+    tokens: int | None = Field(None, ge=1)
+    """Stop after this many tokens, rounded up to whole steps."""
+    wall_time: Seconds | None = None
+    """Save and stop after this long, such as `90m` or `1h30m`; the run can be resumed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("run.steps and run.tokens are both given: keep one")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019), fused; decay on matrices only."""
+
+    lr: float = Field(3e-4, gt=0)
+    """The peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment, per step."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment, per step."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled decay of matrices; vectors don't decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps; see `train.schedule`."""
+
+    type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """The shape after the warm-up; `wsd` is warm-up, stable, decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    total_steps: int | None = Field(None, ge=1)
+    """The step at which the decay ends; left out, the last step of the run."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Where the decay ends, as a fraction of `optimizer.lr`."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """With `wsd`: the part of the steps over which the rate decays."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save every so many steps. The last step of a run is always saved."""
+    keep: int = Field(2, ge=1)
+    """The newest checkpoints that are kept."""
+
+
+class MonitorConfig(Section):
+    """What is shown of a run while it trains."""
+
+    print_every_steps: int = Field(10, ge=1)
+    """In a pipe or a file, a line every so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files into the run folder."""
+
+
+class EvaluationConfig(Section):
+    """Validation and samples while training."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Evaluate on the validation split every so many steps, and after the last."""
+    sequences: int | None = Field(None, ge=1)
+    """Evaluate on the first so many sequences of the split; left out, on all."""
+    sample_every_steps: int | None = Field(None, ge=1)
+    """Generate a sample of text every so many steps."""
+    sample_prompt: str = ""
+    """What the sample goes on from; empty: the beginning of a document."""
+    sample_tokens: int = Field(64, ge=1)
+    """The sample's length in tokens."""
+
+
+class Config(Section):
+    """The whole tree. `train.config_file` reads it from YAML; `train.resolve` fills in what depends on data."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: Precision = "fp32"
+    """The dtype of computation; weights and optimizer state stay in fp32 (in fp64 with fp64)."""
+    activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
+    compile: CompileConfig = CompileConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "Config":
+        unlimited = self.run.steps is None and self.run.tokens is None
+        if unlimited and self.run.wall_time is None:
+            raise ValueError("the run has no end: set run.steps, run.tokens or run.wall_time")
+        if unlimited and self.schedule.total_steps is None and self.schedule.type != "constant":
+            raise ValueError(
+                f"schedule.type={self.schedule.type} must know where it ends: set run.steps, run.tokens or "
+                f"schedule.total_steps, or use schedule.type=constant"
+            )
+        return self

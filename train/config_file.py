@@ -1,0 +1,197 @@
+"""Reading a configuration: YAML with `extends`, dotted overrides, and where each value came from."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from train.config import Config
+from train.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+Values = dict[str, tuple[Any, str]]
+"""Dotted key -> value and where it came from."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A validated configuration, and the source of every value that is not a default, by dotted key."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number (YAML 1.2)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path_or_name: str, overrides: Iterable[str] = ()) -> Loaded:
+    """Read a configuration file, or one below configs/ by its name, and apply `key.path=value` overrides.
+
+    Raises:
+        ConfigError: anything wrong with the file, a key or a value, in one line.
+    """
+    values = _read_file(find_config(path_or_name), seen=())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ConfigError(f"{override!r} is not of the form key.path=value, such as optimizer.lr=3e-4")
+        _set(values, key, _parse_override(key, text), "command line")
+    return Loaded(_validate(values), {key: source for key, (_, source) in values.items()})
+
+
+def find_config(path_or_name: str) -> Path:
+    """The file at a path, or `NAME.yaml` anywhere below configs/."""
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    named = {file.stem: file for file in all_configs()}
+    if path_or_name in named:
+        return named[path_or_name]
+    close = _suggest(path_or_name, named)
+    raise ConfigError(
+        f"there is no configuration {path_or_name!r}{close}: give a file, or one of {', '.join(named)}"
+    )
+
+
+def all_configs() -> list[Path]:
+    """Every configuration that comes with the project."""
+    return sorted(CONFIGS.rglob("*.yaml"))
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.name for p in seen)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected sections such as `model:` and `data:` at the top level")
+    values: Values = {}
+    parents = tree.pop("extends", [])
+    for parent in [parents] if isinstance(parents, str) else parents:
+        beside = path.parent / str(parent)
+        inherited = _read_file(beside if beside.is_file() else find_config(str(parent)), (*seen, path))
+        values |= inherited
+    for key, value, line in _leaves(root, tree, prefix=""):
+        _set(values, key, value, f"{_display(path)}:{line}")
+    return values
+
+
+def _leaves(node: yaml.MappingNode, tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any, int]]:
+    """Each dotted key below a mapping, with its value and line. An empty mapping is a leaf."""
+    for key_node, value_node in node.value:
+        if key_node.value not in tree:
+            continue
+        key, value = f"{prefix}{key_node.value}", tree[key_node.value]
+        if isinstance(value_node, yaml.MappingNode) and isinstance(value, dict) and value:
+            yield from _leaves(value_node, value, f"{key}.")
+        else:
+            yield key, value, key_node.start_mark.line + 1
+
+
+def _set(values: Values, key: str, value: Any, source: str) -> None:
+    """Set a key; a section replaces what stood below it, and a key below a plain value replaces that."""
+    for other in list(values):
+        if other.startswith(f"{key}.") or key.startswith(f"{other}."):
+            del values[other]
+    values[key] = (value, source)
+
+
+def _parse_override(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}={text}: the value is not valid YAML: quote it") from None
+
+
+def _validate(values: Values) -> Config:
+    tree: dict[str, Any] = {}
+    for key, (value, _) in values.items():
+        *sections, name = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[name] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0], values)) from None
+
+
+def _explain(error: Any, values: Values) -> str:
+    """One line for the first thing that pydantic found: where it stands, what is wrong, what would do."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    source = next((s for k, (_, s) in values.items() if k == key or k.startswith(f"{key}.")), None)
+    where = f"{source}: " if source and source != "command line" else ""
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{where}unknown key {key!r}{_suggest_key(location)}"
+        case "missing":
+            return f"{key!r} is missing: set it in the configuration or as {key}=VALUE"
+        case "value_error":
+            return f"{where}{error['ctx']['error']}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}{key}={error['input']!r}: {message}"
+
+
+def _suggest_key(location: list[str]) -> str:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    prefix = "".join(f"{part}." for part in location[:-1])
+    close = _suggest(location[-1], section.model_fields, prefix)
+    if close:
+        return close
+    elsewhere = [key for key in all_keys(Config) if key.split(".")[-1] == location[-1]]
+    if elsewhere:
+        return f": did you mean {' or '.join(repr(key) for key in elsewhere)}?"
+    return f": known here are {', '.join(section.model_fields)}"
+
+
+def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, in order."""
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _display(path: Path) -> str:
+    """A path as short as it can be said: relative to here, or to the project."""
+    for base in (Path.cwd(), CONFIGS.parent):
+        if path.is_relative_to(base):
+            return str(path.relative_to(base))
+    return str(path)

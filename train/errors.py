@@ -1,0 +1,31 @@
+"""What goes wrong by the user's doing, and how it is told: one line, exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from data.errors import InputError
+from parallel.errors import LayoutError
+
+EXIT_USER_ERROR = 2
+
+
+class ConfigError(Exception):
+    """The configuration, or what it names, is wrong. The message is one line that says what would work."""
+
+
+class RunError(Exception):
+    """A run folder is not what the command needs. The message is one line that says what would do."""
+
+
+USER_ERRORS = (ConfigError, RunError, InputError, LayoutError)
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Print a user's error as one line on stderr and exit with code 2."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

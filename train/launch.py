@@ -1,0 +1,31 @@
+"""Starting the processes of a run on this machine."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from data.stream import clean_shared_memory
+from train import run_folder
+from train.config_file import load_config
+from train.resolve import resolve
+from train.worker import work
+
+
+def launch(config: str, overrides: Sequence[str]) -> None:
+    """Check everything; then train in this process, or replace it by torchrun where the layout needs several.
+
+    Raises:
+        ConfigError, RunError, LayoutError, InputError: the user's mistake, before any process is started.
+    """
+    loaded = load_config(config, overrides)
+    plan = resolve(loaded)
+    run_folder.check_same_run(run_folder.folder_of(plan.config), plan)
+    clean_shared_memory()
+    processes = plan.layout.world_size
+    if processes == 1 or "RANK" in os.environ:
+        return work(loaded)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "train", config, *overrides])

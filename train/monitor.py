@@ -1,0 +1,183 @@
+"""What listens to a run: metrics.jsonl, TensorBoard, and the line that a person watches."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from train.config import Config
+from train.duration import format_seconds
+from train.metrics import Metrics
+from train.resolve import Plan
+from train.run_folder import RunFolder, to_yaml
+
+
+class Listener(Protocol):
+    """Hears of every step and every sample, on rank 0."""
+
+    def step(self, metrics: Metrics) -> None:
+        """A step is done."""
+
+    def sample(self, step: int, text: str) -> None:
+        """A text was generated."""
+
+    def close(self) -> None:
+        """The run stops."""
+
+
+class Monitor:
+    """Passes on what happens to all listeners; on other ranks than the first there are none."""
+
+    def __init__(self, listeners: list[Listener]) -> None:
+        self.listeners = listeners
+
+    def step(self, metrics: Metrics) -> None:
+        """A step is done."""
+        for listener in self.listeners:
+            listener.step(metrics)
+
+    def sample(self, step: int, text: str) -> None:
+        """A text was generated."""
+        for listener in self.listeners:
+            listener.sample(step, text)
+
+    def close(self) -> None:
+        """The run stops."""
+        for listener in self.listeners:
+            listener.close()
+
+
+def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
+    """The listeners that the configuration asks for, of a run that goes on from step `start`."""
+    listeners: list[Listener] = [JsonLines(folder.metrics)]
+    if plan.config.monitor.tensorboard:
+        listeners.append(TensorBoard(folder.tensorboard, plan.config, start))
+    if sys.stdout.isatty():
+        listeners.append(ProgressLine(plan.total_steps, start))
+    else:
+        listeners.append(PlainLines(plan.total_steps, plan.config.monitor.print_every_steps))
+    return Monitor(listeners)
+
+
+class JsonLines:
+    """metrics.jsonl: an object a step, readable while the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", buffering=1)
+
+    def step(self, metrics: Metrics) -> None:
+        """Append a line."""
+        self.file.write(json.dumps(metrics.values()) + "\n")
+
+    def sample(self, step: int, text: str) -> None:
+        """Samples have no place here."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars, samples, the configuration as text, and hyperparameters."""
+
+    def __init__(self, folder: Path, config: Config, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.writer.add_text("config", f"```yaml\n{to_yaml(config)}\n```", start)
+        settings = {
+            "lr": config.optimizer.lr,
+            "global_batch_size": config.data.global_batch_size,
+            "d_model": config.model.d_model,
+            "num_layers": config.model.num_layers,
+            "precision": config.precision,
+            "seed": config.run.seed,
+        }
+        for summary in hparams(settings, {"train/loss": 0, "validation/loss": 0}):
+            self.writer.file_writer.add_summary(summary)
+
+    def step(self, metrics: Metrics) -> None:
+        """Write every value as a scalar."""
+        values = metrics.values()
+        step = int(values.pop("step"))
+        if "validation_loss" in values:
+            self.writer.add_scalar("validation/loss", values.pop("validation_loss"), step)
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+
+    def sample(self, step: int, text: str) -> None:
+        """Write the sample, in which Markdown has no meaning."""
+        self.writer.add_text("sample", "".join(f"    {line}\n" for line in text.splitlines()), step)
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self.writer.close()
+
+
+class PlainLines:
+    """For a pipe or a log file: a line every so many steps."""
+
+    def __init__(self, total_steps: int | None, every: int) -> None:
+        self.total_steps, self.every = total_steps, every
+
+    def step(self, metrics: Metrics) -> None:
+        """Print a line, where it is time."""
+        due = metrics.step % self.every == 0 or metrics.step == self.total_steps
+        if due or metrics.validation_loss is not None:
+            of = f"/{self.total_steps}" if self.total_steps else ""
+            print(f"step {metrics.step}{of}  {describe(metrics, self.total_steps)}", flush=True)
+
+    def sample(self, step: int, text: str) -> None:
+        """Print the sample."""
+        print(f"sample at step {step}:\n{text}", flush=True)
+
+    def close(self) -> None:
+        """Nothing is pending."""
+
+
+class ProgressLine:
+    """For a terminal: a bar with the newest step beside it."""
+
+    def __init__(self, total_steps: int | None, start: int) -> None:
+        self.total_steps = total_steps
+        columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=Console())
+        self.task = self.progress.add_task("starting", total=total_steps, completed=start)
+        self.progress.start()
+
+    def step(self, metrics: Metrics) -> None:
+        """Move the bar; a validation loss stays on the screen as a line."""
+        of = f"/{self.total_steps}" if self.total_steps else ""
+        text = f"step {metrics.step}{of}  {describe(metrics, self.total_steps)}"
+        self.progress.update(self.task, completed=metrics.step, description=text)
+        if metrics.validation_loss is not None:
+            self.progress.console.print(text, highlight=False)
+
+    def sample(self, step: int, text: str) -> None:
+        """Print the sample above the bar."""
+        self.progress.console.print(f"sample at step {step}:\n{text}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.progress.stop()
+
+
+def describe(metrics: Metrics, total_steps: int | None) -> str:
+    """A step in one line."""
+    parts = [
+        f"loss {metrics.loss:.4f}",
+        f"lr {metrics.lr:.2e}",
+        f"norm {metrics.grad_norm:.2f}",
+        f"{metrics.tokens_per_second:,.0f} tokens/s",
+        f"mfu {metrics.mfu:.1%}",
+        f"{metrics.memory_bytes / 2**30:.2f} GiB",
+    ]
+    if metrics.validation_loss is not None:
+        parts.insert(1, f"validation {metrics.validation_loss:.4f}")
+    if total_steps is not None:
+        parts.append(f"ETA {format_seconds((total_steps - metrics.step) * metrics.step_seconds)}")
+    return "  ".join(parts)

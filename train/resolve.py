@@ -1,0 +1,99 @@
+"""Filling in what the data and the machine decide, and checking all of it before anything costly starts."""
+
+import os
+from dataclasses import dataclass
+
+from data.stream import DatasetInfo, open_dataset
+from parallel.errors import LayoutError
+from parallel.mesh import Layout, resolve_layout
+from train.config import Config
+from train.config_file import Loaded
+from train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that fits its data and its processes."""
+
+    config: Config
+    """With `model.vocab_size` filled in."""
+    sources: dict[str, str]
+    dataset: DatasetInfo
+    layout: Layout
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.data.global_batch_size * self.dataset.seq_len
+
+    @property
+    def total_steps(self) -> int | None:
+        """The run's last step, or None where only time ends it."""
+        if self.config.run.tokens is not None:
+            return -(-self.config.run.tokens // self.tokens_per_step)
+        return self.config.run.steps
+
+    @property
+    def schedule_steps(self) -> int | None:
+        """The step at which the learning rate's decay ends."""
+        return self.config.schedule.total_steps or self.total_steps
+
+
+def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
+    """Open the data set, fill in the vocabulary, and check the sections against each other.
+
+    `world_size` is the number of processes; left out, the launcher's, or as many as the layout wants.
+
+    Raises:
+        ConfigError, LayoutError, InputError: what doesn't fit, and what would.
+    """
+    dataset = open_dataset(loaded.config.data.path)
+    config, sources = _fill_in_vocabulary(loaded, dataset)
+    if config.model.max_seq_len < dataset.seq_len:
+        raise ConfigError(
+            f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {config.data.path} "
+            f"({dataset.seq_len} tokens): set model.max_seq_len={dataset.seq_len}, or prepare the data "
+            f"with --seq-len {config.model.max_seq_len}"
+        )
+    layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
+    _check_batch(config, layout)
+    return Plan(config, sources, dataset, layout)
+
+
+def wanted_world_size(config: Config) -> int:
+    """The launcher's number of processes, or what the layout says, with one per GPU (one on a CPU) for -1."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if config.parallel.dp_shard != -1:
+        return config.parallel.dp_replicate * config.parallel.dp_shard
+    import torch  # only here: it takes seconds
+
+    return max(torch.cuda.device_count(), config.parallel.dp_replicate)
+
+
+def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
+    config, model = loaded.config, loaded.config.model
+    if model.vocab_size is None:
+        multiple = model.vocab_size_multiple
+        padded = -(-dataset.vocab_size // multiple) * multiple
+        source = f"{config.data.path}: {dataset.vocab_size} rounded up to a multiple of {multiple}"
+        filled = config.model_copy(update={"model": model.model_copy(update={"vocab_size": padded})})
+        return filled, loaded.sources | {"model.vocab_size": source}
+    if model.vocab_size < dataset.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {dataset.vocab_size} "
+            f"of {config.data.path}: leave it out, or set at least {dataset.vocab_size}"
+        )
+    return config, loaded.sources
+
+
+def _check_batch(config: Config, layout: Layout) -> None:
+    micro, whole = config.data.micro_batch_size, config.data.global_batch_size
+    at_once = micro * layout.data_size
+    if whole % at_once:
+        nearest = max(1, round(whole / at_once)) * at_once
+        raise LayoutError(
+            f"data.global_batch_size={whole} is not a multiple of data.micro_batch_size x data-parallel ranks "
+            f"= {micro} x {layout.data_size} = {at_once}: set data.global_batch_size={nearest}, "
+            f"or another micro-batch size"
+        )

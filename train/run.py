@@ -1,0 +1,119 @@
+"""One run in one process of the group: puts engine, data, monitor and loop together."""
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.stream import TrainingStream
+from data.tokenizer import Tokenizer
+from model.count import flops_per_token
+from parallel.engine import TorchEngine
+from parallel.hardware import peak_flops
+from parallel.mesh import make_mesh
+from train import checkpoint
+from train.checkpoint import Progress
+from train.evaluate import sample_text, validation_loss
+from train.monitor import Monitor, make_monitor
+from train.optimizer import make_optimizer
+from train.resolve import Plan
+from train.run_folder import RunFolder, drop_metrics_after, folder_of
+from train.trainer import Hooks, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(plan: Plan, device: torch.device) -> int:
+    """Train to the end that the plan sets, from the newest checkpoint if there is one.
+
+    Called in every process of an initialized group, on a folder that `run_folder.create` made.
+    Returns the last step.
+    """
+    config, folder = plan.config, folder_of(plan.config)
+    first = dist.get_rank() == 0
+    engine = make_engine(plan, device)
+    stream = TrainingStream(config.data, config.run.seed, dist.get_rank(), dist.get_world_size())
+    start = _resume(folder, engine, stream)
+    if first:
+        drop_metrics_after(folder, start)
+    monitor = make_monitor(folder, plan, start) if first else Monitor([])
+    trainer = Trainer(
+        plan,
+        engine,
+        stream,
+        monitor,
+        _make_hooks(plan, folder, engine, stream, monitor),
+        flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
+        peak_flops=peak_flops(device, config.precision),
+        start=start,
+    )
+    try:
+        return trainer.train()
+    finally:
+        monitor.close()
+        stream.close()
+
+
+def make_engine(plan: Plan, device: torch.device) -> TorchEngine:
+    """The engine of the configuration, with initial weights."""
+    config = plan.config
+    return TorchEngine(
+        config.model,
+        config.parallel,
+        config.precision,
+        config.activation_checkpoint,
+        config.compile,
+        layout=plan.layout,
+        mesh=make_mesh(plan.layout, device.type),
+        device=device,
+        make_optimizer=lambda model: make_optimizer(model, config.optimizer),
+        micro_batch_size=config.data.micro_batch_size,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        seed=config.run.seed,
+    )
+
+
+def newest_checkpoint(folder: RunFolder) -> Path | None:
+    """The newest undamaged checkpoint, as rank 0 finds it, on all ranks."""
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        found = [checkpoint.latest(folder.checkpoints, log)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _resume(folder: RunFolder, engine: TorchEngine, stream: TrainingStream) -> int:
+    """Load the newest checkpoint into engine and stream. Returns its step, or 0 where there is none."""
+    path = newest_checkpoint(folder)
+    if path is None:
+        return 0
+    checkpoint.load_tensors(path, engine.state())
+    progress = checkpoint.load_progress(path)
+    stream.load_state_dict(progress.data)
+    return progress.step
+
+
+def _make_hooks(
+    plan: Plan, folder: RunFolder, engine: TorchEngine, stream: TrainingStream, monitor: Monitor
+) -> Hooks:
+    config = plan.config
+
+    def save(step: int) -> None:
+        progress = Progress(step, step * plan.tokens_per_step, stream.state_dict())
+        checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
+
+    def sample(step: int) -> None:
+        tokenizer = Tokenizer.load(folder.tokenizer)
+        settings = config.evaluation
+        text = sample_text(
+            engine.model,
+            tokenizer,
+            settings.sample_prompt,
+            settings.sample_tokens,
+            config.run.seed,
+            engine.device,
+        )
+        monitor.sample(step, text)
+
+    return Hooks(save, lambda: validation_loss(engine, config), sample)

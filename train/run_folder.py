@@ -1,0 +1,144 @@
+"""A run's folder: what stands where in it, and whether it is this run's."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import Config
+from train.config_file import load_config
+from train.errors import RunError
+from train.resolve import Plan
+
+DECIDES_THE_WEIGHTS = (
+    "model",
+    "optimizer",
+    "schedule",
+    "precision",
+    "run.seed",
+    "data.global_batch_size",
+    "data.shuffle",
+)
+"""What may not change between the parts of one run; everything else may."""
+
+
+class RunFolder:
+    """Paths inside of a run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.dataset = path / "dataset.json"
+        self.tokenizer = path / "tokenizer.model"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+
+
+def folder_of(config: Config) -> RunFolder:
+    """The folder that a configuration names."""
+    return RunFolder(Path(config.run.dir) / config.run.name)
+
+
+def open_run(path: str) -> tuple[RunFolder, Config]:
+    """An existing run, by its folder, with the configuration it was trained with.
+
+    Raises:
+        RunError: it isn't one.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise RunError(
+            f"{path} is not a run's folder (no config.yaml): give the folder of a run, such as runs/demo"
+        )
+    return folder, load_config(str(folder.config)).config
+
+
+def check_same_run(folder: RunFolder, plan: Plan) -> None:
+    """Refuse to go on with a run that another configuration or other data began.
+
+    Raises:
+        RunError: the first difference, and what to do.
+    """
+    if not folder.config.is_file():
+        return
+    began = load_config(str(folder.config)).config.model_dump(mode="json")
+    now = plan.config.model_dump(mode="json")
+    for key in DECIDES_THE_WEIGHTS:
+        for name, before, after in _differences(key, _at(began, key), _at(now, key)):
+            raise RunError(
+                f"{folder.path} was begun with {name}={before}, now it is {after}: "
+                f"set it back, or begin another run with run.name=NAME"
+            )
+    if folder.dataset.is_file() and json.loads(folder.dataset.read_text())["digest"] != plan.dataset.digest:
+        raise RunError(
+            f"{folder.path} was begun on other data than what {plan.config.data.path} now holds: "
+            f"point data.path at that, or begin another run with run.name=NAME"
+        )
+
+
+def create(folder: RunFolder, plan: Plan) -> None:
+    """Make the folder and write down what the run is; once more where it exists, since some keys may change.
+
+    Raises:
+        RunError: the folder can't be written.
+    """
+    try:
+        for path in (folder.checkpoints, folder.tensorboard, folder.logs):
+            path.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(to_yaml(plan.config))
+        folder.dataset.write_text(json.dumps({"digest": plan.dataset.digest}) + "\n")
+        shutil.copyfile(plan.dataset.tokenizer_path, folder.tokenizer)
+    except OSError as error:
+        raise RunError(
+            f"{folder.path} can't be written: {error.strerror}: set run.dir to a folder that can"
+        ) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree, as `load_config` reads it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def drop_metrics_after(folder: RunFolder, step: int) -> None:
+    """Forget the lines of steps that a resumed run will do again."""
+    if not folder.metrics.is_file():
+        return
+    kept = []
+    for line in folder.metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:  # cut short when the run was killed
+            break
+    aside = folder.metrics.with_suffix(".tmp")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.replace(folder.metrics)
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """The metrics of every step so far.
+
+    Raises:
+        RunError: there are none.
+    """
+    if not folder.metrics.is_file():
+        raise RunError(f"{folder.path} has no metrics.jsonl: train it first")
+    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [d for name in before for d in _differences(f"{key}.{name}", before[name], after.get(name))]
+    return [] if before == after else [(key, before, after)]

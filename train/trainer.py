@@ -1,0 +1,150 @@
+"""The loop. It knows of batches, steps and listeners; of layouts it knows nothing."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data.stream import Batch, TrainingStream
+from parallel.processes import any_rank
+from train.metrics import Metrics, peak_memory_bytes
+from train.monitor import Monitor
+from train.resolve import Plan
+from train.schedule import learning_rate
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine; all ranks ask together."""
+
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, step: int) -> Tensor:
+        """Gradients of the global batch's mean loss, which is returned; `step` fixes the random draws."""
+
+    def step(self, lr: float) -> Tensor:
+        """Update the weights; returns the gradient norm before clipping."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is done between steps, each by all ranks together."""
+
+    save: Callable[[int], None]
+    """Write a checkpoint of the step."""
+    evaluate: Callable[[], float]
+    """The validation loss."""
+    sample: Callable[[int], None]
+    """Generate a text and tell the monitor."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose results may still be on their way from the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    step_seconds: float
+    data_seconds: float
+
+
+class Trainer:
+    """Trains from the step after `start` to the end that the plan sets.
+
+    What a step computed is read when the next one is under way, so that the device never waits for the host.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine,
+        stream: TrainingStream,
+        monitor: Monitor,
+        hooks: Hooks,
+        *,
+        flops_per_token: float,
+        peak_flops: float,
+        start: int,
+    ) -> None:
+        self.plan, self.config = plan, plan.config
+        self.engine, self.stream, self.monitor, self.hooks = engine, stream, monitor, hooks
+        self.utilization_per_rate = flops_per_token / peak_flops
+        self.step = self._saved = start
+        self._pending: Pending | None = None
+
+    def train(self) -> int:
+        """Run to the end. Returns the last step done, of which there is a checkpoint."""
+        deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
+        self.start_clock()
+        while self.step != self.plan.total_steps and not any_rank(time.monotonic() > deadline):
+            self.step += 1
+            self.train_step()
+            if self._due(self.config.evaluation.every_steps) or self._is_last():
+                self._pause(lambda: self.tell(self.hooks.evaluate()))
+            if self._due(self.config.evaluation.sample_every_steps):
+                self._pause(lambda: self.hooks.sample(self.step))
+            if self._due(self.config.checkpoint.every_steps):
+                self._pause(self._save)
+        if self._saved != self.step:
+            self._pause(self._save)
+        return self.step
+
+    def start_clock(self) -> None:
+        """From here on the first step's time is counted."""
+        self._clock = time.perf_counter()
+
+    def train_step(self) -> None:
+        """One optimizer step; the one before is told of once this one is under way."""
+        schedule = self.config.schedule
+        lr = learning_rate(self.step, self.config.optimizer.lr, self.plan.schedule_steps, schedule)
+        began = time.perf_counter()
+        batch = next(self.stream)
+        data_seconds = time.perf_counter() - began
+        loss = self.engine.forward_backward(batch, self.step)
+        grad_norm = self.engine.step(lr)
+        self.tell()
+        now = time.perf_counter()
+        self._pending = Pending(self.step, loss, grad_norm, lr, now - self._clock, data_seconds)
+        self._clock = now
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _is_last(self) -> bool:
+        return self.config.evaluation.every_steps is not None and self.step == self.plan.total_steps
+
+    def _save(self) -> None:
+        self.tell()
+        self.hooks.save(self.step)
+        self._saved = self.step
+
+    def _pause(self, action: Callable[[], None]) -> None:
+        """Do something between steps that doesn't count as training time."""
+        began = time.perf_counter()
+        action()
+        self._clock += time.perf_counter() - began
+
+    def tell(self, validation_loss: float | None = None) -> None:
+        """Tell the monitor of the pending step, if there is one."""
+        if self._pending is None:
+            return
+        rate = self.plan.tokens_per_step / self._pending.step_seconds
+        metrics = Metrics(
+            step=self._pending.step,
+            tokens=self._pending.step * self.plan.tokens_per_step,
+            loss=self._pending.loss.item(),
+            grad_norm=self._pending.grad_norm.item(),
+            lr=self._pending.lr,
+            tokens_per_second=rate,
+            mfu=rate * self.utilization_per_rate,
+            memory_bytes=peak_memory_bytes(self.engine.device),
+            step_seconds=self._pending.step_seconds,
+            data_seconds=self._pending.data_seconds,
+            validation_loss=validation_loss,
+        )
+        self.monitor.step(metrics)
+        self._pending = None
