@@ -2,19 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX
 from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from parallel.gradients import global_norm, local, scale
 from parallel.loss_scale import LossScale
 from parallel.mesh import Layout
 
@@ -67,7 +66,9 @@ class TorchEngine:
             model_config, parallel, precision, activation_checkpoint, compilation, mesh, seed
         )
         self.optimizer = make_optimizer(self.model)
-        self.loss_scale = LossScale(device, enabled=precision == "fp16")
+        # where gradients are: with offload, on the host
+        gradient_device = torch.device("cpu") if parallel.cpu_offload else device
+        self.loss_scale = LossScale(gradient_device, enabled=precision == "fp16")
 
     def forward_backward(self, batch: Batch, step: int) -> Tensor:
         """Accumulate the gradient of the mean loss over all targets of the global batch.
@@ -100,16 +101,11 @@ class TorchEngine:
 
         Where the norm is not finite, the update is skipped on every rank alike, without asking the host.
         """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [cast(Tensor, p.grad) for p in parameters]
-        norm = get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        norm = norm.to(self.device) / self.loss_scale.scale
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = global_norm(gradients) / self.loss_scale.scale
+        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale(gradients, (clip / self.loss_scale.scale).to(gradients[0].dtype))
         overflow = (~norm.isfinite()).float()
-        if self.loss_scale.enabled:
-            torch._foreach_mul_([_local(g) for g in gradients], 1.0 / self.loss_scale.scale)
-        clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         self.loss_scale.update(overflow)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -157,13 +153,9 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         for values in self.optimizer.state.values():
             for value in values.values():
-                _local(value).zero_()
+                local(value).zero_()
 
 
 def _seed_of(*parts: int) -> int:
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
