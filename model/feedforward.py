@@ -1,10 +1,12 @@
 """Feed-forward layers. B batch, T sequence, D d_model, F d_ff."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.config import ModelConfig, known
 from model.cost import Cost, linear_cost
@@ -21,7 +23,22 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}
+class Gate(NamedTuple):
+    """function(x) and its backward: (gradient of the function's value, x) -> gradient of x."""
+
+    function: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _sigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.sigmoid_backward(grad, torch.sigmoid(x))
+
+
+GATES: dict[str, Gate] = {
+    "swiglu": Gate(F.silu, torch.ops.aten.silu_backward),
+    "geglu": Gate(F.gelu, torch.ops.aten.gelu_backward),
+    "glu": Gate(torch.sigmoid, _sigmoid_backward),
+}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -29,6 +46,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu_squared": relu_squared,
 }
+
+
+class _Gated(torch.autograd.Function):
+    """gate_function(gate) * up, (..., F) each. The function's value is made again in the backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, variant: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.variant = variant
+        return GATES[variant].function(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        function, backward = GATES[ctx.variant]
+        return backward(grad * up, gate), function(gate).mul_(grad), None
 
 
 class GatedFeedForward(nn.Module):
@@ -45,7 +79,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        hidden = GATES[self.variant](self.gate(x)) * self.up(x)
+        hidden = _Gated.apply(self.gate(x), self.up(x), self.variant)
         return self.down(F.dropout(hidden, self.dropout, self.training))
 
     def weights(self) -> dict[str, Weight]:

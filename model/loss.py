@@ -13,8 +13,12 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """The target of a token that is not scored."""
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits held at once, at most (but at least one token's)."""
+CHUNK_TOKENS = 256
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at once: those of 256 tokens or 4 Mi elements, whichever is more."""
+
+VOCABULARY_SLICE = 8192
+"""Rows of the weight's gradient that are added to at a time where it is wider than the logits."""
 
 
 def token_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -34,20 +38,26 @@ class _TokenLossSum(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        chunk = min(len(hidden), max(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight)))
+        products = hidden.new_empty(chunk, len(weight))
+        narrow = products.dtype != wide
+        wide_products = torch.empty_like(products, dtype=wide) if narrow else products
         for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            part, target = hidden[rows], targets[rows].unsqueeze(1)
+            part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
             scored = target != IGNORE_INDEX
             target = target.where(scored, 0)
-            logits = (part @ weight.t()).to(wide)
+            slope, logits = products[: len(part)], wide_products[: len(part)]
+            torch.mm(part, weight.t(), out=slope)
+            if narrow:
+                logits.copy_(slope)
             total += _softmax_(logits, target, scored)
             if hidden_grad is None and weight_grad is None:
                 continue
             logits.scatter_add_(1, target, -scored.to(wide))
-            slope = logits.to(weight.dtype)
+            if narrow:
+                slope.copy_(logits)
             if hidden_grad is not None:
-                torch.mm(slope, weight, out=hidden_grad[rows])
+                torch.mm(slope, weight, out=hidden_grad[start : start + chunk])
             if weight_grad is not None:
                 _add_product_(weight_grad, slope, part)
         ctx.weight_dtype = weight.dtype
@@ -79,5 +89,7 @@ def _add_product_(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
     """total (V, D) += slope.T (V, n) @ hidden (n, D), the sum in the total's dtype."""
     if total.dtype == slope.dtype:
         total.addmm_(slope.t(), hidden)
-    else:
-        total += slope.t() @ hidden
+        return
+    # in slices of the vocabulary, or the product in the narrow dtype would be another V x D matrix
+    for rows, part in zip(total.split(VOCABULARY_SLICE), slope.split(VOCABULARY_SLICE, dim=1), strict=True):
+        rows += part.t() @ hidden

@@ -11,7 +11,7 @@ from model.cost import Cost
 from model.weights import Weight
 
 Rotation = tuple[Tensor, Tensor]
-"""cos and sin, each (T, 1, E / 2), in fp32 (fp64 for fp64 activations)."""
+"""cos and sin, each (T, 1, E), the first half of sin negated, in fp32 (fp64 for fp64 activations)."""
 
 
 class Positions(nn.Module):
@@ -49,7 +49,8 @@ class Rope(Positions):
 
     def rotation(self, x: Tensor, offset: int) -> Rotation:
         angles = _angles(x, offset, self.head_dim, self.base).unsqueeze(1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def extra_repr(self) -> str:
         return f"base={self.base:g}"
@@ -104,9 +105,9 @@ def _angles(x: Tensor, offset: int, width: int, base: float) -> Tensor:
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (e, e + E/2) of x (B, T, heads, E); in the rotation's dtype, returned in x's."""
     cos, sin = rotation
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    wide = x.to(cos.dtype)
+    swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
 
 
 POSITIONS: dict[str, type[Positions]] = {
