@@ -1,0 +1,5 @@
+"""What goes wrong in the data room by the user's doing."""
+
+
+class InputError(Exception):
+    """The input can't be used. The message is one line that says what is wrong, where, and what would work."""

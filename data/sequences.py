@@ -1,0 +1,153 @@
+"""Reading the sequences of a data set. Imports streaming, which takes seconds: import this when training starts."""
+
+import atexit
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.dataset import COLUMN, DatasetInfo
+from data.shims import let_streaming_import
+
+let_streaming_import()
+
+from streaming import StreamingDataLoader, StreamingDataset  # noqa: E402
+from streaming.base.format import reader_from_json  # noqa: E402
+from streaming.base.shared import SharedMemory  # noqa: E402
+from streaming.base.spanner import Spanner  # noqa: E402
+from streaming.base.world import World  # noqa: E402
+
+IGNORE_INDEX = -100
+
+_CANONICAL_NODES = 1
+"""With one, global batch n is the nth run of `global_batch_size` samples of the epoch's permutation, whatever the
+number of nodes, of which streaming asks that they divide the canonical ones or the reverse."""
+
+
+class TrainingSequences(StreamingDataset):
+    """The training split, shuffled and dealt out to data ranks. Items are (sample id, (T + 1,) tokens)."""
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        epoch_size: int,
+        shuffle: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            local=str(info.path),
+            split="train",
+            batch_size=batch_size,
+            epoch_size=epoch_size,
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            num_canonical_nodes=_CANONICAL_NODES,
+        )
+        self.pad_id = info.pad_id
+        self._positions: list[SharedMemory] = []
+        # Processes coordinate as what they are (`_unique_rank_world`, from the environment) and read as the data
+        # ranks they are: several may share one, in whatever order the mesh has them. streaming's `replication`
+        # knows consecutive ones only. Nodes do not matter to the order, see _CANONICAL_NODES.
+        self._parallel_rank_world = World(
+            num_nodes=1, ranks_per_node=world_size, workers_per_rank=1, worker=rank
+        )
+        self.length = epoch_size // world_size
+
+    def __getitem__(self, at: int) -> tuple[int, np.ndarray]:
+        return int(at), super().__getitem__(at)[COLUMN]
+
+    def collate(self, items: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) tokens, (B, T) targets, (B,) sample ids."""
+        ids, rows = zip(*items, strict=True)
+        return (*_input_and_targets(np.stack(rows), self.pad_id), torch.tensor(ids))
+
+    def seek(self, epoch: int, sample: int) -> None:
+        """Make the next iteration begin at this sample of the epoch; all ranks together."""
+        self.next_epoch = epoch  # streaming ignores a position before the epoch that it would begin next
+        self.load_state_dict(
+            {
+                "epoch": epoch,
+                "sample_in_epoch": sample,
+                "num_canonical_nodes": _CANONICAL_NODES,
+                "shuffle_seed": self.shuffle_seed,
+                "initial_physical_nodes": 1,
+            }
+        )
+        self._positions.append(
+            self._resume_shm
+        )  # it keeps the last alone, and only the first frees the memory
+
+    def close(self, loader: StreamingDataLoader) -> None:
+        """End the threads and workers that read, and remove the shared memory and lock files."""
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+        if hasattr(self, "_iterator"):
+            self._iterator.exit()
+        for memory in self._shared_memory():
+            memory.cleanup()
+            # streaming would remove the names again at exit, when they may be another run's
+            atexit.unregister(memory.cleanup)
+        if self._unique_rank_world.is_local_leader:
+            for lock in (self._shared_barrier.filelock_path, self._cache_filelock_path):
+                Path(lock).unlink(missing_ok=True)
+
+    def _shared_memory(self) -> Iterator[SharedMemory]:
+        yield self._locals_shm
+        yield self._shared_barrier._arr.shm
+        yield self._next_epoch.arr.shm
+        yield self._cache_usage.arr.shm
+        yield self._shard_states.shm
+        yield self._shard_access_times.shm
+        yield from self._positions
+
+
+def make_loader(sequences: TrainingSequences, num_workers: int) -> StreamingDataLoader:
+    """A loader of this rank's share of each global batch."""
+    return StreamingDataLoader(
+        sequences,
+        batch_size=sequences.batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=sequences.collate,
+    )
+
+
+class ValidationSequences:
+    """The validation split by index: no shuffling, no shared state, nothing to close."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        index = json.loads((info.path / "validation" / "index.json").read_text())
+        self._shards = [reader_from_json(str(info.path), "validation", shard) for shard in index["shards"]]
+        self._spanner = Spanner(np.array([len(shard) for shard in self._shards]))
+        self._info = info
+
+    def __len__(self) -> int:
+        return self._info.validation.sequences
+
+    def batch(self, ids: Sequence[int], size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) tokens, (B, T) targets, (B,) sample ids, B = `size`: the sequences, then padding of id -1."""
+        rows = np.full((size, self._info.seq_len + 1), self._info.pad_id)
+        for row, at in zip(rows, ids, strict=False):
+            row[:] = self._tokens(at)
+        sample_ids = torch.full((size,), -1)
+        sample_ids[: len(ids)] = torch.tensor(ids)
+        return (*_input_and_targets(rows, self._info.pad_id), sample_ids)
+
+    def _tokens(self, at: int) -> Any:
+        shard, sample = self._spanner[at]
+        return self._shards[shard][sample][COLUMN]
+
+
+def _input_and_targets(rows: np.ndarray, pad_id: int) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) tokens to (B, T) inputs and (B, T) targets."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    targets = tokens[:, 1:]
+    return tokens[:, :-1].contiguous(), targets.masked_fill(targets == pad_id, IGNORE_INDEX)

@@ -1,0 +1,182 @@
+"""The stream of batches that a run trains on, its exact position, and the batches it is evaluated on.
+
+Light to import: torch and streaming are loaded when a stream is made.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from data.config import DataConfig
+from data.dataset import DatasetInfo, SplitInfo, open_dataset
+from data.errors import InputError
+from data.shared_memory import clean_stale_shared_memory
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Batch",
+    "DatasetInfo",
+    "SplitInfo",
+    "TrainingStream",
+    "clean_stale_shared_memory",
+    "open_dataset",
+    "validation_batches",
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences, and what comes after each of their tokens."""
+
+    tokens: "torch.Tensor"
+    """(B, T) int64."""
+    targets: "torch.Tensor"
+    """(B, T) int64; -100 where not scored."""
+    sample_ids: "torch.Tensor"
+    """(B,) int64, the sequence's index in its split; -1 where a batch was filled up."""
+
+    def micro_batches(self, size: int) -> Iterator["Batch"]:
+        """Successive batches of `size` sequences; the last may be smaller."""
+        for begin in range(0, len(self.tokens), size):
+            chosen = slice(begin, begin + size)
+            yield Batch(self.tokens[chosen], self.targets[chosen], self.sample_ids[chosen])
+
+    def to(self, device: "torch.device | str") -> "Batch":
+        """The batch on a device."""
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.sample_ids.to(device, non_blocking=True),
+        )
+
+
+class TrainingStream:
+    """Endless iterator of one data rank's share of the global batches.
+
+    Global batch n, as a set of sequences, is a function of the data set, the seed and n: of neither `world_size`,
+    nor what was saved and loaded on the way. An epoch is as many whole global batches as there are; which few
+    sequences are left over differs from epoch to epoch.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, rank: int, world_size: int) -> None:
+        """Every process of the group makes one, together; all of its `rank` (of `world_size` data ranks) read
+        the same.
+
+        Raises:
+            InputError: no data set, too small a one, or a batch that the ranks can't share.
+        """
+        info = open_dataset(config.path)
+        self._config, self._seed = config, seed
+        self._batches_per_epoch = info.train.sequences // config.global_batch_size
+        if config.global_batch_size % world_size:
+            raise InputError(
+                f"data.global_batch_size={config.global_batch_size} can't be shared by {world_size} data ranks: "
+                f"make it a multiple"
+            )
+        if not self._batches_per_epoch:
+            raise InputError(
+                f"{config.path} has {info.train.sequences} training sequences, fewer than one global batch: set "
+                f"data.global_batch_size to at most that, or prepare more text"
+            )
+        _check_processes()
+        from data.sequences import TrainingSequences, make_loader
+
+        self._sequences = TrainingSequences(
+            info,
+            rank=rank,
+            world_size=world_size,
+            batch_size=config.global_batch_size // world_size,
+            epoch_size=self._batches_per_epoch * config.global_batch_size,
+            shuffle=config.shuffle,
+            seed=seed,
+        )
+        self._loader = make_loader(self._sequences, config.num_workers)
+        self._iterator: Iterator[list[torch.Tensor]] | None = None
+        self._batches = 0
+
+    def __iter__(self) -> "TrainingStream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        batch = next(self._iterator, None)
+        if batch is None:  # the end of an epoch
+            assert self._batches % self._batches_per_epoch == 0
+            self._iterator = iter(self._loader)
+            batch = next(self._iterator)
+        self._batches += 1
+        return Batch(*batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the last batch that was taken: the same on all ranks, and for any number of them."""
+        return {
+            "batches": self._batches,
+            "global_batch_size": self._config.global_batch_size,
+            "seed": self._seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batch at which `state_dict` was called; all ranks together, at any time.
+
+        Raises:
+            InputError: the state is of another seed or global batch size.
+        """
+        here = self.state_dict()
+        for name, key in (("global_batch_size", "data.global_batch_size"), ("seed", "run.seed")):
+            if state[name] != here[name]:
+                raise InputError(
+                    f"the checkpoint's position in the data is one of {key}={state[name]}, the configuration has "
+                    f"{here[name]}: set {key}={state[name]}, or start a new run"
+                )
+        self._batches = state["batches"]
+        epoch, batch = divmod(self._batches, self._batches_per_epoch)
+        self._sequences.seek(epoch, batch * self._config.global_batch_size)
+        self._iterator = None
+
+    def close(self) -> None:
+        """Stop the reading processes and give the shared memory back. The stream can't be used any more."""
+        self._iterator = None
+        self._sequences.close(self._loader)
+
+
+def validation_batches(
+    path: str, batch_size: int, rank: int, world_size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """This data rank's batches of the validation split, or of its first `limit` sequences, in a fixed order.
+
+    Over all ranks each sequence comes exactly once. Every rank gets equally many batches of `batch_size`; the last
+    are filled up with sequences without targets, of id -1.
+    """
+    from data.sequences import ValidationSequences
+
+    sequences = ValidationSequences(open_dataset(path))
+    count = len(sequences) if limit is None else min(limit, len(sequences))
+    for begin in range(rank * batch_size, count + rank * batch_size, world_size * batch_size):
+        yield Batch(*sequences.batch(range(begin, min(begin + batch_size, count)), batch_size))
+
+
+def _check_processes() -> None:
+    """Make sure that streaming will see the processes that there are.
+
+    streaming takes rank and counts from RANK, WORLD_SIZE and LOCAL_WORLD_SIZE alone, and one process where they
+    aren't set, which is right without torchrun. It meets the other ranks in the default torch.distributed group,
+    which it would make itself, and in shared memory, which each node's first rank creates: without
+    LOCAL_WORLD_SIZE every process takes itself for a node of its own, and all create the same segments.
+    """
+    import torch.distributed as dist
+
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    actual = dist.get_world_size() if dist.is_initialized() else 1
+    if told != actual:
+        raise InputError(
+            f"WORLD_SIZE={told}, but torch.distributed joins {actual} processes: start them with torchrun, "
+            f"or unset WORLD_SIZE for a single process"
+        )
+    if told > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "LOCAL_WORLD_SIZE isn't set: start with torchrun, or set it to the number of processes on each node"
+        )

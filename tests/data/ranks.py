@@ -1,0 +1,34 @@
+"""What the tests of the stream run in several processes."""
+
+import multiprocessing
+
+import torch.distributed as dist
+
+from data.config import DataConfig
+from data.stream import TrainingStream, validation_batches
+
+Read = tuple[list[list[int]], dict[str, int]]
+
+
+def read(
+    config: DataConfig, batches: int, state: dict[str, int] | None = None, share_rank: bool = False
+) -> Read:
+    """The sample ids of this rank's share of `batches` global batches, and the state after them.
+
+    With `share_rank` all processes are the one data rank.
+    """
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    multiprocessing.current_process().daemon = False  # the pool's processes are, which may not have readers
+    stream = TrainingStream(config, 7, *((0, 1) if share_rank else (rank, size)))
+    if state is not None:
+        stream.load_state_dict(state)
+    ids = [next(stream).sample_ids.tolist() for _ in range(batches)]
+    state = stream.state_dict()
+    stream.close()
+    return ids, state
+
+
+def validate(path: str, limit: int | None) -> list[list[int]]:
+    """The sample ids of this rank's validation batches."""
+    batches = validation_batches(path, 3, dist.get_rank(), dist.get_world_size(), limit)
+    return [batch.sample_ids.tolist() for batch in batches]

@@ -1,0 +1,256 @@
+"""The order of the data is a function of seed and step, whoever reads it and however often it is interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.shared_memory
+from data.config import DataConfig
+from data.dataset import DatasetInfo, dataset_path
+from data.errors import InputError
+from data.stream import Batch, TrainingStream, clean_stale_shared_memory, open_dataset, validation_batches
+from parallel.processes import WorkerPool
+from tests.data import ranks
+
+BATCH = 12
+
+
+def config(info: DatasetInfo, **values: int | bool) -> DataConfig:
+    values = {"micro_batch_size": 2, "global_batch_size": BATCH, "num_workers": 0} | values
+    return DataConfig(path=str(info.path), **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def epoch(prepared: DatasetInfo) -> int:
+    """Global batches of an epoch."""
+    assert prepared.train.sequences % BATCH, "there shall be sequences left over"
+    return prepared.train.sequences // BATCH
+
+
+@pytest.fixture(scope="module")
+def order(prepared: DatasetInfo, epoch: int) -> list[set[int]]:
+    """The global batches of three epochs, as one process reads them."""
+    ids, state = ranks.read(config(prepared), 3 * epoch)
+    assert state == {"batches": 3 * epoch, "global_batch_size": BATCH, "seed": 7}
+    return [set(batch) for batch in ids]
+
+
+def together(shares: list[ranks.Read]) -> list[set[int]]:
+    """Global batches from the ranks' shares, each sample of which must be in one share only."""
+    assert all(state == shares[0][1] for _, state in shares)
+    joined = [
+        [at for part in parts for at in part] for parts in zip(*(ids for ids, _ in shares), strict=True)
+    ]
+    assert all(len(set(batch)) == len(batch) == BATCH for batch in joined)
+    return [set(batch) for batch in joined]
+
+
+def test_a_batch_is_input_targets_and_ids(prepared: DatasetInfo) -> None:
+    from data.sequences import ValidationSequences
+
+    seen: set[int] = set()
+    for batch in validation_batches(str(prepared.path), 2, 0, 1):
+        assert batch.tokens.shape == batch.targets.shape == (2, prepared.seq_len)
+        assert {batch.tokens.dtype, batch.targets.dtype, batch.sample_ids.dtype} == {torch.int64}
+        scored = batch.targets[:, :-1] != -100
+        assert torch.equal(batch.targets[:, :-1][scored], batch.tokens[:, 1:][scored])
+        assert not (batch.targets == prepared.pad_id).any()
+        seen.update(batch.sample_ids.tolist())
+    scored_tokens = sum(
+        (batch.targets != -100).sum().item() for batch in validation_batches(str(prepared.path), 2, 0, 1)
+    )
+    assert scored_tokens == prepared.validation.tokens
+    assert len(ValidationSequences(prepared)) == len(seen - {-1})
+
+
+def test_micro_batches_and_devices() -> None:
+    rows = torch.arange(10).view(5, 2)
+    batch = Batch(rows, rows + 1, torch.arange(5))
+    parts = list(batch.micro_batches(2))
+    assert [len(part.tokens) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+    assert torch.equal(torch.cat([part.sample_ids for part in parts]), batch.sample_ids)
+    assert batch.to("meta").tokens.device.type == "meta"
+
+
+def test_an_epoch_reads_each_sequence_at_most_once(
+    prepared: DatasetInfo, order: list[set[int]], epoch: int
+) -> None:
+    for begin in range(0, 3 * epoch, epoch):
+        counts = Counter(at for batch in order[begin : begin + epoch] for at in batch)
+        assert set(counts.values()) == {1} and len(counts) == epoch * BATCH
+    assert len(set().union(*order)) > epoch * BATCH, "the ones left over are others in each epoch"
+    assert order[:epoch] != order[epoch : 2 * epoch]
+
+
+def test_seeds_and_shuffle(prepared: DatasetInfo, order: list[set[int]], epoch: int) -> None:
+    other = TrainingStream(config(prepared), 8, 0, 1)
+    assert set(next(other).sample_ids.tolist()) != order[0]
+    other.close()
+    ids, _ = ranks.read(config(prepared, shuffle=False), epoch)
+    flat = [at for batch in ids for at in batch]
+    assert flat == sorted(flat)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_reading_processes_do_not_matter(
+    prepared: DatasetInfo, order: list[set[int]], epoch: int, num_workers: int
+) -> None:
+    ids, _ = ranks.read(config(prepared, num_workers=num_workers), 2 * epoch + 1)
+    assert [set(batch) for batch in ids] == order[: 2 * epoch + 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ranks_do_not_matter(
+    prepared: DatasetInfo,
+    order: list[set[int]],
+    epoch: int,
+    pools: dict[int, WorkerPool],
+    num_workers: int,
+) -> None:
+    shares = pools[2].run(ranks.read, config(prepared, num_workers=num_workers), 3 * epoch)
+    assert together(shares) == order
+
+
+def test_processes_that_share_a_data_rank_read_the_same(
+    prepared: DatasetInfo, order: list[set[int]], epoch: int, pools: dict[int, WorkerPool]
+) -> None:
+    first, second = pools[2].run(ranks.read, config(prepared), epoch + 2, None, True)
+    assert first == second
+    assert [set(batch) for batch in first[0]] == order[: epoch + 2]
+
+
+@pytest.mark.parametrize("step", ["middle", "end of epoch", "second epoch"])
+def test_resuming_on_other_ranks_goes_on_with_the_same_batches(
+    prepared: DatasetInfo, order: list[set[int]], epoch: int, pools: dict[int, WorkerPool], step: str
+) -> None:
+    at = {"middle": 2, "end of epoch": epoch, "second epoch": epoch + 3}[step]
+    rest = len(order) - at
+    (_, state), (_, same) = pools[2].run(ranks.read, config(prepared), at)
+    assert state == same
+    ids, _ = ranks.read(config(prepared, num_workers=1), rest, state)
+    assert [set(batch) for batch in ids] == order[at:]
+    _, state = ranks.read(config(prepared), at)
+    assert together(pools[2].run(ranks.read, config(prepared), rest, state)) == order[at:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_going_back_and_forth(
+    prepared: DatasetInfo, order: list[set[int]], epoch: int, num_workers: int
+) -> None:
+    stream = TrainingStream(config(prepared, num_workers=num_workers), 7, 0, 1)
+    for at in (2 * epoch + 1, 0, epoch, 3, epoch - 1):
+        stream.load_state_dict({"batches": at, "global_batch_size": BATCH, "seed": 7})
+        assert [set(next(stream).sample_ids.tolist()) for _ in range(3)] == order[at : at + 3]
+        assert stream.state_dict()["batches"] == at + 3
+    stream.close()
+
+
+def test_a_position_of_another_run_is_refused(prepared: DatasetInfo) -> None:
+    stream = TrainingStream(config(prepared), 7, 0, 1)
+    with pytest.raises(InputError, match=r"data.global_batch_size=8, the configuration has 12"):
+        stream.load_state_dict({"batches": 1, "global_batch_size": 8, "seed": 7})
+    with pytest.raises(InputError, match=r"run.seed=1, the configuration has 7"):
+        stream.load_state_dict({"batches": 1, "global_batch_size": BATCH, "seed": 1})
+    stream.close()
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7, 10_000])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_validation_covers_the_split_once(prepared: DatasetInfo, size: int, limit: int | None) -> None:
+    path = str(prepared.path)
+    shares = [list(validation_batches(path, 3, rank, size, limit)) for rank in range(size)]
+    assert len({len(batches) for batches in shares}) == 1
+    assert all(len(batch.tokens) == 3 for batches in shares for batch in batches)
+    ids = [at for batches in shares for batch in batches for at in batch.sample_ids.tolist()]
+    wanted = min(limit or prepared.validation.sequences, prepared.validation.sequences)
+    assert sorted(at for at in ids if at >= 0) == list(range(wanted))
+    for batches in shares:
+        for batch in batches:
+            assert (batch.targets[batch.sample_ids < 0] == -100).all()
+            assert (batch.targets[batch.sample_ids >= 0] != -100).any(dim=1).all()
+
+
+def test_what_can_not_be_streamed(
+    prepared: DatasetInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"nowhere doesn't exist.*trireme prepare"):
+        TrainingStream(DataConfig(path=str(tmp_path / "nowhere")), 0, 0, 1)
+    with pytest.raises(InputError, match=r"fewer than one global batch.*at most"):
+        TrainingStream(config(prepared, global_batch_size=10_000), 0, 0, 1)
+    with pytest.raises(InputError, match="can't be shared by 5 data ranks"):
+        TrainingStream(config(prepared), 0, 0, 5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"WORLD_SIZE=2, but torch.distributed joins 1 processes"):
+        TrainingStream(config(prepared), 0, 0, 2)
+    dataset_path(tmp_path).write_text('{"format": 0}')
+    with pytest.raises(InputError, match="format 0, this version reads 1"):
+        open_dataset(tmp_path)
+    dataset_path(tmp_path).write_text("{")
+    with pytest.raises(InputError, match=r"dataset\.json is damaged"):
+        open_dataset(tmp_path)
+
+
+def test_closing_leaves_nothing_behind(prepared: DatasetInfo) -> None:
+    stream = TrainingStream(config(prepared, num_workers=1), 7, 0, 1)
+    stream.load_state_dict({"batches": 1, "global_batch_size": BATCH, "seed": 7})
+    stream.load_state_dict({"batches": 2, "global_batch_size": BATCH, "seed": 7})
+    next(stream)
+    assert "streaming" in sys.modules
+    assert _mapped_here()
+    stream.close()
+    assert not _mapped_here()
+    assert not [name for name in _segments() if name.startswith(_prefix(stream))]
+    assert not list(Path("/tmp").glob(f"{_prefix(stream)}_*_filelock"))
+
+
+def _segments() -> list[str]:
+    return [
+        path.name for path in Path("/dev/shm").iterdir() if data.shared_memory._SEGMENT.fullmatch(path.name)
+    ]
+
+
+def _prefix(stream: TrainingStream) -> str:
+    return f"{stream._sequences._shm_prefix_int:06}"
+
+
+def _mapped_here() -> list[str]:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in maps if data.shared_memory._SEGMENT.search(line) and "deleted" not in line]
+
+
+KILLED = """
+import sys, time
+from data.config import DataConfig
+from data.stream import TrainingStream
+stream = TrainingStream(DataConfig(path=sys.argv[1], num_workers=0), 0, 0, 1)
+next(stream)
+print(f"{stream._sequences._shm_prefix_int:06}", flush=True)
+time.sleep(100)
+"""
+
+
+def test_what_killed_runs_leave_is_removed_and_what_living_ones_use_is_not(prepared: DatasetInfo) -> None:
+    living = TrainingStream(config(prepared), 7, 0, 1)
+    command = [sys.executable, "-c", KILLED, prepared.path]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=root, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        killed = run.stdout.readline().strip()
+        os.killpg(run.pid, signal.SIGKILL)
+    left = [name for name in _segments() if name.startswith(killed)]
+    assert f"{killed}_locals" in left
+    assert set(left) <= set(clean_stale_shared_memory())
+    assert not [name for name in _segments() if name.startswith(killed)]
+    assert not list(Path("/tmp").glob(f"{killed}_*_filelock"))
+    assert f"{_prefix(living)}_locals" in _segments()
+    assert len(next(living).tokens) == BATCH
+    living.close()
