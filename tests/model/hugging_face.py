@@ -1,0 +1,89 @@
+"""Random tiny models of `transformers` and their weights under our names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def define_torchvision_operators() -> list[torch.library.Library]:
+    """Define the operators whose lack breaks `import torchvision` beside a CPU build of torch.
+
+    The libraries returned must be kept alive.
+    """
+    libraries = []
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            libraries.append(torch.library.Library("torchvision", "FRAGMENT"))
+            libraries[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return libraries
+
+
+LIBRARIES = define_torchvision_operators()
+
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+__all__ = [
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "gradients",
+    "rename_gpt2",
+    "rename_llama",
+]
+
+
+def rename_llama(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A Llama state dict under our names; a tied head is left out by `strict=False`."""
+    table = {
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.o_proj": "attention.output",
+        "mlp.gate_proj": "feedforward.gate",
+        "mlp.up_proj": "feedforward.up",
+        "mlp.down_proj": "feedforward.down",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "feedforward_norm",
+        "model.layers": "blocks",
+        "model.embed_tokens": "embedding",
+        "model.norm": "norm",
+        "lm_head": "head",
+    }
+    return {_replaced(name, table): value for name, value in theirs.items()}
+
+
+def rename_gpt2(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A GPT-2 state dict under our names: its linear layers are transposed, its q, k and v one matrix."""
+    table = {
+        "attn.c_proj": "attention.output",
+        "mlp.c_fc": "feedforward.up",
+        "mlp.c_proj": "feedforward.down",
+        "ln_1": "attention_norm",
+        "ln_2": "feedforward_norm",
+        "transformer.h": "blocks",
+        "transformer.wte": "embedding",
+        "transformer.wpe": "positions",
+        "transformer.ln_f": "norm",
+    }
+    ours: dict[str, Tensor] = {}
+    for name, value in theirs.items():
+        if "c_" in name and value.dim() == 2:
+            value = value.t()
+        if "c_attn" in name:
+            for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                ours[_replaced(name.replace("attn.c_attn", f"attention.{part}"), table)] = piece
+        elif name != "lm_head.weight":
+            ours[_replaced(name, table)] = value
+    return ours
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def _replaced(name: str, table: dict[str, str]) -> str:
+    for old, new in table.items():
+        name = name.replace(old, new)
+    return name

@@ -1,0 +1,70 @@
+"""What a configuration fills in, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from model.config import ModelConfig
+
+
+def test_defaults_are_filled_in():
+    config = ModelConfig()
+    assert (config.attention.num_kv_heads, config.attention.head_dim, config.ffn.d_ff) == (2, 64, 1408)
+    assert config.vocab_size is None
+
+
+@pytest.mark.parametrize(
+    "variant, heads, kv_heads", [("mha", 6, 6), ("gqa", 12, 3), ("gqa", 14, 2), ("gqa", 2, 1), ("mqa", 8, 1)]
+)
+def test_kv_heads_follow_the_variant(variant, heads, kv_heads):
+    config = ModelConfig(d_model=heads * 8, attention={"variant": variant, "num_heads": heads})
+    assert config.attention.num_kv_heads == kv_heads
+
+
+@pytest.mark.parametrize("d_model, d_ff", [(768, 2048), (512, 1408), (4096, 10944), (16, 64)])
+def test_hidden_width_is_rounded_up(d_model, d_ff):
+    assert ModelConfig(d_model=d_model).ffn.d_ff == d_ff
+
+
+def test_what_was_filled_in_reads_back_equal():
+    config = ModelConfig(
+        d_model=128, attention={"variant": "mqa"}, ffn={"variant": "mlp", "activation": "relu"}
+    )
+    assert ModelConfig(**config.model_dump()) == config
+    assert ModelConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ({"attention": {"num_kv_heads": 3}}, ["model.attention.num_kv_heads=3", "num_heads=8", "use 2"]),
+        ({"attention": {"variant": "mha", "num_kv_heads": 2}}, ["num_kv_heads=2", "variant=gqa"]),
+        ({"attention": {"variant": "mqa", "num_kv_heads": 2}}, ["num_kv_heads=2", "variant=gqa"]),
+        ({"attention": {"num_heads": 7}}, ["num_heads=7", "model.d_model=512", "use 4 heads", "head_dim"]),
+        ({"attention": {"mask_type": "sliding_window"}}, ["model.attention.window_size, 256"]),
+        (
+            {"attention": {"window_size": 8}},
+            ["window_size=8", "mask_type=causal", "mask_type=sliding_window"],
+        ),
+        ({"attention": {"head_dim": 33}}, ["encoding=rope", "head_dim=33", "head_dim=34"]),
+        (
+            {"d_model": 33, "attention": {"num_heads": 3}, "positional": {"encoding": "sinusoidal"}},
+            ["use 34"],
+        ),
+        ({"ffn": {"activation": "relu"}}, ["ffn.activation=relu", "ffn.variant=swiglu", "variant=mlp"]),
+        ({"dropout": 1.0}, ["dropout", "less than 1"]),
+        ({"attention": {"heads": 8}}, ["heads", "not permitted"]),
+    ],
+)
+def test_refusals_name_the_keys_and_a_way_out(section, words):
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig(**section)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_reading_a_config_does_not_load_torch():
+    code = "import sys, model.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,69 @@
+"""Initial weights: a function of seed, name and index, with GPT-2's scales."""
+
+import math
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.initialize import initial_rows
+from model.weights import Weight, declared_weights
+from tests.model.variants import build, config_of
+
+CONFIG = ModelConfig(vocab_size=1000, d_model=128, num_layers=3, attention={"bias": True})
+
+
+def rows(start, stop, name="embedding.weight", seed=0, shape=(1000, 16), init="normal"):
+    return initial_rows(name, Weight("vocabulary", init), shape, CONFIG, seed, start, stop)
+
+
+@pytest.mark.parametrize(
+    "start, stop", [(0, 1), (0, 128), (127, 129), (300, 301), (5, 640), (990, 1000), (7, 7)]
+)
+def test_any_cut_is_bit_equal(start, stop):
+    assert torch.equal(rows(start, stop), rows(0, 1000)[start:stop])
+
+
+def test_seed_name_and_block_all_matter():
+    base = rows(0, 128)
+    for other in (rows(0, 128, seed=1), rows(0, 128, name="head.weight"), rows(128, 256)):
+        assert not torch.equal(base, other)
+    assert torch.equal(base, rows(0, 128, shape=(128, 16)))
+
+
+def test_the_device_and_dtype_in_force_do_not_matter():
+    with torch.device("meta"):
+        assert torch.equal(rows(0, 4), rows(0, 1000)[:4])
+    assert rows(0, 4).dtype == torch.float32
+
+
+def test_scales():
+    model = build(CONFIG)
+    weights = declared_weights(model)
+    for name, parameter in model.named_parameters():
+        init = weights[name].init
+        if init in ("zeros", "ones"):
+            assert (parameter == (init == "ones")).all()
+            continue
+        std = 0.02 / math.sqrt(2 * 3) if init == "residual" else 0.02
+        assert parameter.std().item() == pytest.approx(std, rel=0.05)
+        assert abs(parameter.mean().item()) < 0.05 * std
+    residual = {name.split(".", 2)[2] for name, weight in weights.items() if weight.init == "residual"}
+    assert residual == {"attention.output.weight", "feedforward.down.weight"}
+
+
+def test_unscaled_where_asked():
+    config = CONFIG.model_copy(update={"residual_scaled_init": False})
+    assert build(config).blocks[0].attention.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_learned_positions_are_filled():
+    model = build(config_of({"positional.encoding": "learned"}))
+    assert model.positions.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_first_loss_is_that_of_a_guess():
+    model = build(CONFIG)
+    tokens = torch.arange(64).reshape(2, 32)
+    _, loss = model(tokens, targets=tokens.flip(1))
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.02)
