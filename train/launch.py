@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data.stream import clean_shared_memory
+from data.shared_memory import clean_stale_shared_memory
 from train import run_folder
 from train.config_file import load_config
 from train.resolve import resolve
@@ -20,7 +20,7 @@ def launch(config: str, overrides: Sequence[str]) -> None:
     loaded = load_config(config, overrides)
     plan = resolve(loaded)
     run_folder.check_same_run(run_folder.folder_of(plan.config), plan)
-    clean_shared_memory()
+    clean_stale_shared_memory()
     processes = plan.layout.world_size
     if processes == 1 or "RANK" in os.environ:
         return work(loaded)

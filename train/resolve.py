@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from data.stream import DatasetInfo, open_dataset
+from data.dataset import DatasetInfo, open_dataset
 from parallel.errors import LayoutError
 from parallel.mesh import Layout, resolve_layout
 from train.config import Config
