@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ def prepare(
         InputError: the sources, the options or `out` can't be used, or the disk is full.
     """
     _check_options(vocab_size, seq_len, validation_fraction, workers)
-    folder = Path(out)
+    folder = Path(os.path.normpath(out))  # else MISSING/../SET would not exist before MISSING is made
     files = find_files(sources)
     total = sum(file.bytes for file in files)
     limit = part_bytes or min(max(total // _PARTS, _PART_BYTES[0]), _PART_BYTES[1])
@@ -151,7 +152,7 @@ def _claimed(folder: Path, options: dict[str, Any], files: list[SourceFile]) -> 
     if not claim.exists():
         if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {"unfinished"}):  # noqa: PTH208
             raise InputError(f"{folder} exists and holds other things: choose another --out")
-        claim.parent.mkdir(parents=True, exist_ok=True)
+        _make(claim.parent)
         write_json(claim, asked)
     with claim.open() as file:
         try:
@@ -165,6 +166,15 @@ def _claimed(folder: Path, options: dict[str, Any], files: list[SourceFile]) -> 
                 f"again to go on with it, or start anew with `rm -r {folder}`"
             )
         yield
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        raise InputError(f"{folder.parent} can't be made ({error.strerror}): choose another --out") from error
 
 
 @contextmanager
@@ -260,6 +270,9 @@ def _end_with_parent() -> None:
     """End this process when its parent is gone, so that no orphan writes beside the parent's successor."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent gets it too, and lets parts under way be finished
 
     def watch() -> None:
         parent.join()

@@ -18,7 +18,9 @@ def read(
     With `share_rank` all processes are the one data rank.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    multiprocessing.current_process().daemon = False  # the pool's processes are, which may not have readers
+    # a pool's process is unlike torchrun's: it may have no children, and would spawn them
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method("fork", force=True)
     stream = TrainingStream(config, 7, *((0, 1) if share_rank else (rank, size)))
     if state is not None:
         stream.load_state_dict(state)

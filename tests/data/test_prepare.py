@@ -209,7 +209,13 @@ def test_nothing_is_overwritten(prepared: DatasetInfo, texts: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"already holds a data set: choose another --out"):
         prepare([str(texts)], prepared.path, **OPTIONS)
     assert tree(prepared.path) == before
+    roundabout = tmp_path / "missing" / ".." / ".." / prepared.path.relative_to(tmp_path.parent)
+    with pytest.raises(InputError, match="already holds a data set"):
+        prepare([str(texts)], roundabout, **OPTIONS)
+    assert not (tmp_path / "missing").exists()
     (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"can't be made \(Not a directory\): choose another --out"):
+        prepare([str(texts)], tmp_path / "mine.txt" / "set", **OPTIONS)
     with pytest.raises(InputError, match="holds other things"):
         prepare([str(texts)], tmp_path, **OPTIONS)
     assert tree(tmp_path) == {"mine.txt": b"mine"}
