@@ -1,7 +1,7 @@
 """Activation checkpointing: recompute a block's activations in the backward (Chen et al. 2016)."""
 
-from functools import partial
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,4 +15,12 @@ def checkpoint_activations(model: nn.Module, config: ActivationCheckpointConfig)
         return
     every = 1 if config.mode == "full" else config.n
     for block in list(cast(nn.ModuleList, model.blocks))[::every]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = _recomputing(block.forward)
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # a function, since torch.compile passes over a functools.partial without a word
+    def recomputing(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    return recomputing

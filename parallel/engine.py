@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX
@@ -131,17 +132,25 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by name, to be saved, or to be loaded into in place."""
+        self._reshard()
         return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the training state by name: weights, optimizer, loss scale."""
+        tensors = self.weights()
         if not self.optimizer.state:
             self._allocate_optimizer_state()
-        tensors = self.weights()
         for name, parameter in self.model.named_parameters():
+            assert parameter in self.optimizer.state, name
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors | {f"loss_scale.{key}": value for key, value in self.loss_scale.state().items()}
+
+    def _reshard(self) -> None:
+        """A forward without a backward leaves gathered weights, in the compute dtype, in place of the shards."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _allocate_optimizer_state(self) -> None:
         """Optimizers make their state at the first step: one of no gradient and no learning rate changes no weight."""

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from train.errors import RunError
 
@@ -51,7 +53,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: 
         aside.mkdir(parents=True)
     dist.barrier()
     try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+        dcp_save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
     except CheckpointException as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(_reason(error, f"{final}: not saved")) from None
@@ -90,7 +92,16 @@ def complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(named, key=_step)
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest finished checkpoint, unchecked; 0 where there is none."""
+    return max(map(_step, complete(folder)), default=0)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def latest(folder: Path, log: logging.Logger) -> Path | None:
@@ -146,13 +157,15 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in stored:
             raise RunError(f"{path}: has no tensor {name!r}: it was saved from another model")
-        shape, dtype = tuple(stored[name].size), stored[name].properties.dtype
+        fact = stored[name]
+        assert isinstance(fact, TensorStorageMetadata)
+        shape, dtype = tuple(fact.size), fact.properties.dtype
         if shape != tuple(tensor.shape) or dtype != tensor.dtype:
             raise RunError(
                 f"{path}: {name} is {dtype} of {shape}, but the run needs {tensor.dtype} of {tuple(tensor.shape)}"
             )
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise RunError(_reason(error, f"{path}: not loaded")) from None
 

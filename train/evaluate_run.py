@@ -12,10 +12,11 @@ from torch import nn
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
+from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.processes import pick_device, process_group
 from train import checkpoint
-from train.config import Config, EvaluationConfig, ParallelConfig
+from train.config import Config, EvaluationConfig
 from train.config_file import Loaded
 from train.errors import RunError
 from train.evaluate import encode_prompt, validation_loss

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from data.shared_memory import clean_stale_shared_memory
-from train import run_folder
+from train import checkpoint, run_folder
 from train.config_file import load_config
 from train.resolve import resolve
 from train.worker import work
@@ -19,7 +19,11 @@ def launch(config: str, overrides: Sequence[str]) -> None:
     """
     loaded = load_config(config, overrides)
     plan = resolve(loaded)
-    run_folder.check_same_run(run_folder.folder_of(plan.config), plan)
+    folder = run_folder.folder_of(plan.config)
+    run_folder.check_same_run(folder, plan)
+    if plan.total_steps is not None and checkpoint.newest_step(folder.checkpoints) >= plan.total_steps:
+        print(f"{folder.path} is already done ({plan.total_steps} steps): raise run.steps to go on with it")
+        return None
     clean_stale_shared_memory()
     processes = plan.layout.world_size
     if processes == 1 or "RANK" in os.environ:
