@@ -56,7 +56,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: 
         dcp_save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
     except CheckpointException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(_reason(error, f"{final}: not saved")) from None
+        mend = "free some space and give the same command again: it goes on from the newest checkpoint"
+        raise RunError(f"{_reason(error, f'{final}: not saved')}; {mend}") from None
     if first:
         _commit(aside, final, progress)
         for old in complete(folder)[:-keep]:
