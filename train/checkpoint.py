@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,7 +167,9 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
                 f"{path}: {name} is {dtype} of {shape}, but the run needs {tensor.dtype} of {tuple(tensor.shape)}"
             )
     try:
-        dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+            dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise RunError(_reason(error, f"{path}: not loaded")) from None
 
