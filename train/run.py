@@ -37,6 +37,15 @@ def run(plan: Plan, device: torch.device) -> int:
     engine = make_engine(plan, device)
     stream = TrainingStream(config.data, config.run.seed, dist.get_rank(), dist.get_world_size())
     start = _resume(folder, engine, stream)
+    log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0])
+    log.info(
+        "%d process(es), %s, %s; %s tokens a step, %s",
+        dist.get_world_size(),
+        plan.layout,
+        config.precision,
+        f"{plan.tokens_per_step:,}",
+        f"from step {start + 1} to {plan.total_steps or 'the end of its time'}",
+    )
     if first:
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
@@ -92,6 +101,7 @@ def _resume(folder: RunFolder, engine: TorchEngine, stream: TrainingStream) -> i
         return 0
     checkpoint.load_tensors(path, engine.state())
     progress = checkpoint.load_progress(path)
+    log.debug("loaded %s", path)
     stream.load_state_dict(progress.data)
     return progress.step
 
@@ -103,7 +113,8 @@ def _make_hooks(
 
     def save(step: int) -> None:
         progress = Progress(step, step * plan.tokens_per_step, stream.state_dict())
-        checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
+        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
+        log.debug("saved %s", path)
 
     def sample(step: int) -> None:
         tokenizer = Tokenizer.load(folder.tokenizer)
