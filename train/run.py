@@ -14,8 +14,8 @@ from model.transformer import Transformer
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
 from parallel.mesh import make_mesh
-from train import checkpoint
-from train.checkpoint import Progress
+from train import checkpoint, checkpoint_folder
+from train.checkpoint_folder import Progress
 from train.evaluate import sample_text, validation_loss
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
@@ -89,7 +89,7 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The newest undamaged checkpoint, as rank 0 finds it, on all ranks."""
     found: list[Path | None] = [None]
     if dist.get_rank() == 0:
-        found = [checkpoint.latest(folder.checkpoints, log)]
+        found = [checkpoint_folder.latest(folder.checkpoints, log)]
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -100,7 +100,7 @@ def _resume(folder: RunFolder, engine: TorchEngine, stream: TrainingStream) -> i
     if path is None:
         return 0
     checkpoint.load_tensors(path, engine.state())
-    progress = checkpoint.load_progress(path)
+    progress = checkpoint_folder.load_progress(path)
     log.debug("loaded %s", path)
     stream.load_state_dict(progress.data)
     return progress.step

@@ -109,6 +109,7 @@ def test_unwritable_run_folder_is_refused(tiny_config: str, tmp_path: Path) -> N
     assert "can't be written" in refused("train", tiny_config, f"run.dir={tmp_path / 'file'}")
 
 
+@pytest.mark.slow
 def test_full_disk_during_a_save_is_told_and_nothing_is_lost(tiny_config: str, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk's end: writing fails at the same place."""
     settings = [tiny_config, f"run.dir={tmp_path}", "checkpoint.every_steps=2", "run.steps=4"]
