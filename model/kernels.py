@@ -157,7 +157,8 @@ def flex_score_mod(bias: Bias | None, soft_cap: float | None) -> ScoreMod | None
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if soft_cap is not None:
             score = soft_cap * torch.tanh(score / soft_cap)
-        return score if bias is None else score + bias(head, key - query)
+        # compiled for CPUs, a sum of two dtypes comes out wrong
+        return score if bias is None else score + bias(head, key - query).to(score.dtype)
 
     return score_mod
 
