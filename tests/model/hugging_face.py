@@ -22,12 +22,22 @@ def define_torchvision_operators() -> list[torch.library.Library]:
 LIBRARIES = define_torchvision_operators()
 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa: E402
+from transformers.models.falcon.modeling_falcon import (  # noqa: E402
+    build_alibi_tensor as build_falcon_alibi_tensor,
+)
+from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
 
 __all__ = [
+    "ROPE_INIT_FUNCTIONS",
     "GPT2Config",
     "GPT2LMHeadModel",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "T5Attention",
+    "build_alibi_tensor",
+    "build_falcon_alibi_tensor",
     "gradients",
     "rename_gpt2",
     "rename_llama",
