@@ -9,10 +9,7 @@ from torch import Tensor
 
 from model.build import build_model
 from model.config import ModelConfig
-
-
-class ConversionError(Exception):
-    """A model that the other side can't hold. The message is one line that says why."""
+from model.errors import ConversionError
 
 
 @dataclass(frozen=True)

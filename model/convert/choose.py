@@ -6,10 +6,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from model.config import ModelConfig
-from model.convert.architecture import Architecture, ConversionError
+from model.convert.architecture import Architecture
 from model.convert.falcon import FALCON
 from model.convert.gpt2 import GPT2
 from model.convert.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
+from model.errors import ConversionError
 
 ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON)
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig
-from model.convert.architecture import Architecture, ConversionError, Layer
+from model.convert.architecture import Architecture, Layer
+from model.errors import ConversionError
 
 _FRAME = (
     Layer("model.embed_tokens", ("embedding",)),

@@ -7,8 +7,9 @@ import torch
 
 from model.build import build_model
 from model.config import ModelConfig
-from model.convert.architecture import ConversionError, export_weights, import_weights
+from model.convert.architecture import export_weights, import_weights
 from model.convert.choose import ARCHITECTURES, choose, read_config
+from model.errors import ConversionError
 from tests.model import hugging_face  # noqa: F401 - mends the import of transformers
 
 SMALL_LLAMA = {
