@@ -10,6 +10,7 @@ from model.errors import ConversionError
 from parallel.processes import WorkerPool
 from tests.model import hugging_face  # noqa: F401 - mends the import of transformers
 from tests.train.running import losses, train_here
+from train.config_file import load_config
 from train.convert_run import export_run, import_run
 from train.errors import RunError
 from train.evaluate_run import continuation, load_run
@@ -55,8 +56,9 @@ def test_imported_run_generates_and_trains_on(
     assert text_of(back) == text_of(run)
 
     # its first loss is the one with which the exported run would have gone on
-    on = [f"run.dir={back.parent}", "run.name=back", "run.steps=2", "optimizer.lr=1e-4"]
-    pools[2].run(train_here, tiny_config, on)
+    path = load_config(tiny_config).config.data.path
+    on = [f"data.path={path}", "data.micro_batch_size=4", "data.global_batch_size=8", "run.steps=2"]
+    pools[2].run(train_here, str(back / "config.yaml"), on)
     (_, first, _), *_ = losses(run)
     assert losses(back)[0][1] < 0.99 * first
     assert Tokenizer.load(RunFolder(back).tokenizer).vocab_size == 300

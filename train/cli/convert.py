@@ -33,3 +33,4 @@ def import_(
 
     model = import_run(source, out, data)
     print(f"{out}: {model.num_layers} layers of {model.d_model}, vocabulary {model.vocab_size}")
+    print(f"next: trireme generate {out}, or trireme train {out}/config.yaml data.path={data} run.steps=1000")
