@@ -131,9 +131,11 @@ def _naive(
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    function: Callable[..., Tensor] = _compiled_flex()
+    function: Callable[..., Tensor]
     if torch.compiler.is_compiling():
         function = flex_attention
+    else:
+        function = _compiled_flex()
     return function(
         query,
         key,
