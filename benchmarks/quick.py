@@ -22,7 +22,7 @@ from data.dataset import DatasetInfo, SplitInfo
 from data.stream import Batch
 from model.build import build_model
 from model.initialize import initialize
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.processes import process_group
 from train.config import Config
 from train.metrics import Metrics
@@ -33,7 +33,7 @@ from train.run import make_engine
 from train.trainer import Hooks, Trainer
 
 BATCH, SEQ_LEN, VOCAB = 8, 256, 4096
-WARM_UP, ROUNDS = 2, 7
+WARM_UP, ROUNDS = 2, 9
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """From a configuration to a model that is laid over the mesh, initialized and ready to train."""
 
-
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 

@@ -15,8 +15,8 @@ from model.loss import IGNORE_INDEX
 from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.gradients import global_norm, local, scale
+from parallel.layout import Layout
 from parallel.loss_scale import LossScale
-from parallel.mesh import Layout
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 

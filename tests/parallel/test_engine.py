@@ -14,7 +14,8 @@ from model.config import ModelConfig
 from model.initialize import initialize
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.engine import TorchEngine
-from parallel.mesh import Layout, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import make_mesh
 from parallel.processes import WorkerPool
 
 MODEL = {

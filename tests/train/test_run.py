@@ -98,6 +98,7 @@ def test_learns_and_records(pools: dict[int, WorkerPool], tiny_config: str, tmp_
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in rows])
     assert [event.step for event in events.Scalars("validation/loss")] == [15, 30]
     assert {"config/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "The" in text
     assert json.loads((folder.checkpoints / "step-00000030" / "manifest.json").read_text())["world_size"] == 2
@@ -145,3 +146,17 @@ def test_low_precision_learns(
     pools[2].run(train_here, tiny_config, overrides)
     rows = losses(tmp_path / "run")
     assert rows[-1][1] < 0.85 * rows[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_run_equals_an_eager_one(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, world: int
+) -> None:
+    common = [f"run.dir={tmp_path}", "run.steps=4", "activation_checkpoint.mode=full"]
+    pools[world].run(train_here, tiny_config, [*common, "run.name=eager"])
+    pools[world].run(train_here, tiny_config, [*common, "run.name=compiled", "compile.enabled=true"])
+    eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert compiled != eager, "compiled code rounds otherwise"
+    for (_, loss, norm), (_, compiled_loss, compiled_norm) in zip(eager, compiled, strict=True):
+        assert (compiled_loss, compiled_norm) == (pytest.approx(loss, 1e-5), pytest.approx(norm, 1e-4))
