@@ -6,7 +6,7 @@ B batch, T queries, S keys, H heads, K kv heads, E width of queries and keys, W 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,9 +131,8 @@ def _naive(
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    function: Callable[..., Tensor] = _compiled_flex()
-    if torch.compiler.is_compiling():
-        function = flex_attention
+    plain = cast("Callable[..., Tensor]", flex_attention)
+    function = plain if torch.compiler.is_compiling() else _compiled_flex()
     return function(
         query,
         key,

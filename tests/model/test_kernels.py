@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.config import ModelConfig
 from model.kernels import attend, choose_kernel, flex_score_mod
@@ -130,6 +131,33 @@ def test_score_mod_has_the_gradients_of_the_formula(encoding):
     torch.testing.assert_close(
         torch.autograd.grad(got, weights, grad), torch.autograd.grad(expected, weights, grad)
     )
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"attention.kernel": "flex", "positional.encoding": "alibi", "attention.logit_soft_cap": 2.0},
+        {"attention.kernel": "flex", "positional.encoding": "relative", "attention.mask_type": "local"},
+        {"attention.variant": "linear"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_compiled_blocks_take_every_kind_of_mask(choice, monkeypatch):
+    """Each is compiled once for plain and once for packed sequences, whatever the documents."""
+    flex_attention = torch.nn.attention.flex_attention.flex_attention
+    monkeypatch.setattr("model.kernels._compiled_flex", lambda: flex_attention)
+    config = config_of(choice)
+    plain, compiled = build(config), build(config)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for block in compiled.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    ids = torch.arange(12).div(5, rounding_mode="floor").repeat(2, 1)
+    for batch in ({}, {"document_ids": ids}, {"document_ids": ids.flip(1).contiguous()}):
+        tokens = random_tokens(config, 2, 12, len(batch))
+        torch.testing.assert_close(compiled(tokens, **batch), plain(tokens, **batch))
+    assert counter.frame_count == 2
 
 
 def test_naive_is_the_formula():
