@@ -57,7 +57,13 @@ def test_imported_run_generates_and_trains_on(
 
     # its first loss is the one with which the exported run would have gone on
     path = load_config(tiny_config).config.data.path
-    on = [f"data.path={path}", "data.micro_batch_size=4", "data.global_batch_size=8", "data.num_workers=0", "run.steps=2"]
+    on = [
+        f"data.path={path}",
+        "data.micro_batch_size=4",
+        "data.global_batch_size=8",
+        "data.num_workers=0",
+        "run.steps=2",
+    ]
     pools[2].run(train_here, str(back / "config.yaml"), on)
     (_, first, _), *_ = losses(run)
     assert losses(back)[0][1] < 0.99 * first
