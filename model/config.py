@@ -2,7 +2,16 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 SECTION = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -114,10 +123,81 @@ class FeedForwardConfig(BaseModel):
         return self
 
 
+class MoEConfig(BaseModel):
+    """A mixture of experts in place of feed-forward layers; an expert is of the kind that model.ffn says."""
+
+    model_config = SECTION
+
+    num_experts: Annotated[int, Field(ge=2)] = 8
+    """Experts of a layer."""
+    top_k: PositiveInt = 2
+    """Experts that a token is routed to."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How scores are made of the router's logits: over all experts, or for each expert by itself."""
+    normalize_top_k: bool | None = None
+    """Divide the scores of a token's experts by their sum. Unset: true, but false with top_k 1."""
+    num_shared_experts: NonNegativeInt = 0
+    """Experts that every token goes through beside those that it is routed to."""
+    d_ff: PositiveInt | None = None
+    """Hidden width of one expert. Unset: model.ffn.d_ff."""
+    first_layer: NonNegativeInt = 0
+    """The first layer with experts, counted from 0."""
+    every_nth_layer: PositiveInt = 1
+    """From first_layer on, one layer in so many has experts."""
+    capacity_factor: PositiveFloat | None = None
+    """In training an expert takes the first capacity_factor * length * top_k / num_experts tokens of a
+    sequence, rounded up, and drops the others. Unset: none is dropped."""
+    balance: Literal["loss", "bias"] = "loss"
+    """What evens the experts' load: a loss, or a bias on their scores that is updated at every step."""
+    load_balance_loss: NonNegativeFloat | None = None
+    """Weight of the load balancing loss of a sequence. Unset: 0.01, and 0.0001 with balance bias."""
+    bias_rate: NonNegativeFloat | None = None
+    """balance bias only: change of an expert's bias at a step. Unset: 0.001."""
+    router_z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of the router's normalizer; 0.001 is usual."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.moe.top_k={self.top_k} exceeds model.moe.num_experts={self.num_experts}: "
+                f"use model.moe.top_k={min(2, self.num_experts)}"
+            )
+        if self.normalize_top_k is None:
+            object.__setattr__(self, "normalize_top_k", self.top_k > 1)
+        if self.normalize_top_k and self.top_k == 1:
+            raise ValueError(
+                "model.moe.normalize_top_k=true with model.moe.top_k=1 makes every weight 1, from which the "
+                "router learns nothing: leave it unset, or use model.moe.top_k=2"
+            )
+        biased = self.balance == "bias"
+        if self.bias_rate is not None and not biased:
+            raise ValueError(
+                f"model.moe.bias_rate={self.bias_rate:g} has no effect with model.moe.balance={self.balance}: "
+                f"leave it out, or use model.moe.balance=bias"
+            )
+        if biased and self.bias_rate is None:
+            object.__setattr__(self, "bias_rate", 0.001)
+        if self.load_balance_loss is None:
+            object.__setattr__(self, "load_balance_loss", 0.0001 if biased else 0.01)
+        return self
+
+
+class LossConfig(BaseModel):
+    """What training adds to the cross-entropy. Evaluation reports the cross-entropy alone."""
+
+    model_config = SECTION
+
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of the softmax's normalizer (PaLM: 0.0001)."""
+    label_smoothing: Rate = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+
+
 class NormConfig(BaseModel):
     model_config = SECTION
 
-    type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    type: Literal["rmsnorm", "layernorm", "scalenorm"] = "rmsnorm"
     eps: PositiveFloat = 1e-5
     placement: Literal["pre", "post", "sandwich"] = "pre"
     """Norm before each sub-layer, after its residual sum, or before and after the sub-layer."""
@@ -141,15 +221,20 @@ class ModelConfig(BaseModel):
     attention: AttentionConfig = AttentionConfig()
     positional: PositionalConfig = PositionalConfig()
     ffn: FeedForwardConfig = FeedForwardConfig()
+    moe: MoEConfig | None = None
+    """Unset: every feed-forward layer is dense."""
     norm: NormConfig = NormConfig()
+    loss: LossConfig = LossConfig()
     tie_embeddings: bool = True
     """One matrix for the embedding and the head."""
     parallel_layers: bool = False
     """Attention and feed-forward side by side on the same normalized input (PaLM, GPT-J)."""
     dropout: Rate = 0.0
     """Dropout of the embeddings and of each sub-layer's output."""
+    init: Literal["gpt2", "xavier"] = "gpt2"
+    """gpt2: normal weights; xavier: uniform ones for linear layers, by their widths, normal embeddings."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights."""
+    """Standard deviation of normal initial weights."""
     residual_scaled_init: bool = True
     """Divide the initial weights of projections into the residual stream by sqrt(2 * num_layers) (GPT-2)."""
 
@@ -168,6 +253,7 @@ class ModelConfig(BaseModel):
             wanted, multiple = int(self.ffn.expansion_factor * self.d_model), self.ffn.multiple_of
             update = {"d_ff": max(1, -(-wanted // multiple)) * multiple}
             object.__setattr__(self, "ffn", self.ffn.model_copy(update=update))
+        self._resolve_moe()
         encoding, head_dim = self.positional.encoding, known(self.attention.head_dim)
         if encoding == "rope" and head_dim % 2:
             raise ValueError(
@@ -180,3 +266,21 @@ class ModelConfig(BaseModel):
                 f"use {self.d_model + 1}"
             )
         return self
+
+    def _resolve_moe(self) -> None:
+        if self.moe is None:
+            return
+        if self.moe.first_layer >= self.num_layers:
+            raise ValueError(
+                f"model.moe.first_layer={self.moe.first_layer} leaves no layer with experts, since "
+                f"model.num_layers={self.num_layers}, counted from 0: use at most {self.num_layers - 1}"
+            )
+        if self.moe.d_ff is None:
+            object.__setattr__(self, "moe", self.moe.model_copy(update={"d_ff": self.ffn.d_ff}))
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers with experts, counted from 0."""
+        if self.moe is None:
+            return range(0)
+        return range(self.moe.first_layer, self.num_layers, self.moe.every_nth_layer)

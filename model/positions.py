@@ -83,7 +83,7 @@ class Learned(Positions):
         return x + self.weight[offset:end]
 
     def weights(self) -> dict[str, Weight]:
-        return {"weight": Weight("replicated", "normal")}
+        return {"weight": Weight("replicated", "embedding")}
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -12,7 +12,7 @@ from model.block import Block
 from model.build import build_model
 from model.cache import KeyValueCache, LayerCache
 from model.config import AttentionConfig, ModelConfig
-from model.feedforward import ACTIVATIONS, GATES, _Gated
+from model.feedforward import ACTIVATIONS, GATES, Gated
 from model.masks import make_mask
 from model.positions import Rope, rotate
 from model.weights import Weight, declared_weights
@@ -133,8 +133,8 @@ def test_gates(variant):
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64)
     gate.requires_grad_(), up.requires_grad_()
     function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}[variant]
-    assert torch.equal(_Gated.apply(gate, up, variant), function(gate) * up)
-    assert torch.autograd.gradcheck(lambda g, u: _Gated.apply(g, u, variant), (gate, up))
+    assert torch.equal(Gated.apply(gate, up, variant), function(gate) * up)
+    assert torch.autograd.gradcheck(lambda g, u: Gated.apply(g, u, variant), (gate, up))
 
 
 def test_activations():

@@ -1,6 +1,6 @@
 """Small models of every kind: a list of configurations in which every pair of options meets."""
 
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,11 +17,27 @@ OPTIONS: dict[str, list[Any]] = {
     "positional.encoding": ["rope", "sinusoidal", "learned", "none"],
     "ffn.variant": ["swiglu", "geglu", "glu", "mlp"],
     "ffn.bias": [False, True],
-    "norm.type": ["rmsnorm", "layernorm"],
+    "moe": ["none", "softmax", "sigmoid"],
+    "norm.type": ["rmsnorm", "layernorm", "scalenorm"],
     "norm.placement": ["pre", "post", "sandwich"],
     "parallel_layers": [False, True],
     "tie_embeddings": [True, False],
+    "init": ["gpt2", "xavier"],
+    "loss": ["plain", "smoothed"],
 }
+MOE: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "softmax": {"num_experts": 6, "d_ff": 12, "router_z_loss": 0.001, "every_nth_layer": 2},
+    "sigmoid": {
+        "router": "sigmoid",
+        "num_experts": 4,
+        "top_k": 1,
+        "num_shared_experts": 2,
+        "capacity_factor": 1.5,
+        "balance": "bias",
+    },
+}
+LOSS = {"plain": {}, "smoothed": {"z_loss": 0.001, "label_smoothing": 0.1}}
 
 
 def config_of(chosen: dict[str, Any], **top: Any) -> ModelConfig:
@@ -30,6 +46,9 @@ def config_of(chosen: dict[str, Any], **top: Any) -> ModelConfig:
     for name, value in chosen.items():
         *section, key = name.split(".")
         (sections.setdefault(section[0], {}) if section else sections)[key] = value
+    for name, kinds in (("moe", MOE), ("loss", LOSS)):
+        if isinstance(sections.get(name), str):
+            sections[name] = kinds[sections[name]]
     if chosen.get("attention.mask_type") == "sliding_window":
         sections["attention"]["window_size"] = 5
     return ModelConfig(
@@ -50,21 +69,24 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -
 
 
 def pairwise() -> list[dict[str, Any]]:
-    """Choices, greedily, until every pair of values of two options is in one of them."""
-    names = list(OPTIONS)
-    candidates = [dict(zip(names, values, strict=True)) for values in product(*OPTIONS.values())][::7]
+    """Choices until every pair of values of two options is in one of them: each starts from a missing pair
+    and takes for every other option the value that completes the most missing pairs."""
     missing = {
-        frozenset({(a, x), (b, y)}) for a, b in combinations(names, 2) for x in OPTIONS[a] for y in OPTIONS[b]
+        frozenset({(a, x), (b, y)}): None
+        for a, b in combinations(OPTIONS, 2)
+        for x in OPTIONS[a]
+        for y in OPTIONS[b]
     }
     chosen = []
     while missing:
-        best = max(candidates, key=lambda candidate: len(_pairs(candidate) & missing))
-        if not _pairs(best) & missing:
-            raise AssertionError(f"no candidate has {missing}")
-        missing -= _pairs(best)
-        chosen.append(best)
+        choice = dict(next(iter(missing)))
+        for name in [name for name in OPTIONS if name not in choice]:
+            completed = [
+                sum(frozenset({(name, value), pair}) in missing for pair in choice.items())
+                for value in OPTIONS[name]
+            ]
+            choice[name] = OPTIONS[name][completed.index(max(completed))]
+        for pair in combinations(choice.items(), 2):
+            missing.pop(frozenset(pair), None)
+        chosen.append({name: choice[name] for name in OPTIONS})
     return chosen
-
-
-def _pairs(candidate: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in combinations(candidate.items(), 2)}
