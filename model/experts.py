@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from model.config import ModelConfig, known
 from model.cost import Cost
 from model.feedforward import ACTIVATIONS, FEEDFORWARD, GATES, Gated
+from model.grouped import grouped_linear
 from model.weights import Weight
-
-GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Experts(nn.Module):
@@ -33,14 +32,14 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows (N, D), those of the first expert first; counts (X,) int64, rows of each -> (N, D)."""
-        hidden = grouped_linear(rows, self.up, self.up_bias, counts)
+        hidden = _project(rows, self.up, self.up_bias, counts)
         if self.gate is not None:
-            gate = grouped_linear(rows, self.gate, self.gate_bias, counts)
+            gate = _project(rows, self.gate, self.gate_bias, counts)
             hidden = Gated.apply(gate, hidden, self.config.variant)
         else:
             hidden = ACTIVATIONS[self.config.activation](hidden)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
-        return grouped_linear(hidden, self.down, self.down_bias, counts)
+        return _project(hidden, self.down, self.down_bias, counts)
 
     def weights(self) -> dict[str, Weight]:
         weights = {}
@@ -63,16 +62,9 @@ class Experts(nn.Module):
         return f"{self.config.variant}, {', '.join(shapes)}"
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """rows (N, I), weight (X, O, I), bias (X, O), counts (X,): each row by the weight of its expert -> (N, O)."""
-    widths = (rows.shape[1] * rows.itemsize, weight.shape[1] * rows.itemsize)
-    if rows.dtype in GROUPED_DTYPES and all(width % 16 == 0 for width in widths):
-        ends = counts.cumsum(0, dtype=torch.int32)
-        product = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    else:
-        # the kernel knows no fp64 and wants strides of whole 16 bytes; this asks the host for the counts
-        parts = rows.split(counts.tolist())
-        product = torch.cat([part @ matrix.t() for part, matrix in zip(parts, weight, strict=True)])
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """rows (N, I), weight (X, O, I), bias (X, O) -> (N, O)."""
+    product = grouped_linear(rows, weight, counts)
     if bias is None:
         return product
     return product + bias.repeat_interleave(counts, dim=0, output_size=len(rows))

@@ -19,7 +19,9 @@ README = (ROOT / "README.md").read_text()
 def commands() -> list[list[str]]:
     """The command lines of all shell blocks."""
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+    return [
+        shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()
+    ]
 
 
 def test_make_targets_exist() -> None:
@@ -48,7 +50,11 @@ def test_a_run_of_your_own(tmp_path: Path) -> None:
             command = [re.sub(r"run.steps=(\d+)00", r"run.steps=\1", part) for part in command] + short
         command[0] = str(bin_folder / command[0])
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+            command,
+            cwd=tmp_path,
+            env=environment() | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
