@@ -33,7 +33,7 @@ from train.run import make_engine
 from train.trainer import Hooks, Trainer
 
 BATCH, SEQ_LEN, VOCAB = 8, 256, 4096
-WARM_UP, ROUNDS = 2, 7
+WARM_UP, ROUNDS = 2, 9
 
 
 def main() -> None:

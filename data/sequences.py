@@ -50,6 +50,9 @@ class TrainingSequences(StreamingDataset):
             shuffle=shuffle,
             shuffle_seed=seed,
             num_canonical_nodes=_CANONICAL_NODES,
+            # streaming's own defaults, which it would announce in every process
+            predownload=8 * batch_size,
+            shuffle_block_size=4_000_000,
         )
         self.pad_id = info.pad_id
         self._positions: list[SharedMemory] = []

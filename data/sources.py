@@ -96,7 +96,8 @@ def _standard_library() -> Iterator[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        if not _NOT_LIBRARY.intersection(relative.parts):
+        generated = path.name.startswith("_sysconfigdata")  # by the build of this interpreter
+        if not generated and not _NOT_LIBRARY.intersection(relative.parts):
             yield _file(path, relative.as_posix())
 
 

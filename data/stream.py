@@ -9,22 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data.config import DataConfig
-from data.dataset import DatasetInfo, SplitInfo, open_dataset
+from data.dataset import open_dataset
 from data.errors import InputError
-from data.shared_memory import clean_stale_shared_memory
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "Batch",
-    "DatasetInfo",
-    "SplitInfo",
-    "TrainingStream",
-    "clean_stale_shared_memory",
-    "open_dataset",
-    "validation_batches",
-]
 
 
 @dataclass(frozen=True)
@@ -146,8 +135,9 @@ class TrainingStream:
 def validation_batches(
     path: str, batch_size: int, rank: int, world_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """This data rank's batches of the validation split, or of its first `limit` sequences, in a fixed order.
+    """This data rank's batches of the validation split, in a fixed order.
 
+    With `limit`, of so many sequences, evenly spread over the split, whose neighbours are alike.
     Over all ranks each sequence comes exactly once. Every rank gets equally many batches of `batch_size`; the last
     are filled up with sequences without targets, of id -1.
     """
@@ -155,8 +145,9 @@ def validation_batches(
 
     sequences = ValidationSequences(open_dataset(path))
     count = len(sequences) if limit is None else min(limit, len(sequences))
+    ids = [at * len(sequences) // count for at in range(count)]
     for begin in range(rank * batch_size, count + rank * batch_size, world_size * batch_size):
-        yield Batch(*sequences.batch(range(begin, min(begin + batch_size, count)), batch_size))
+        yield Batch(*sequences.batch(ids[begin : begin + batch_size], batch_size))
 
 
 def _check_processes() -> None:

@@ -1,14 +1,12 @@
 """From a configuration to a model."""
 
-from torch import nn
-
 from model.config import ModelConfig
 from model.transformer import Transformer
 
 MODELS: dict[str, type[Transformer]] = {"transformer": Transformer}
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> Transformer:
     """The model that `config.type` names, on torch's default device and dtype (see `initialize` for weights).
 
     Raises ValueError if `config.vocab_size` is unset.

@@ -198,7 +198,9 @@ class NormConfig(BaseModel):
     model_config = SECTION
 
     type: Literal["rmsnorm", "layernorm", "scalenorm"] = "rmsnorm"
+    """rmsnorm scales only; layernorm also centres, and has a bias; scalenorm scales by one number."""
     eps: PositiveFloat = 1e-5
+    """Added to the mean square or the variance."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
     """Norm before each sub-layer, after its residual sum, or before and after the sub-layer."""
 
@@ -209,6 +211,7 @@ class ModelConfig(BaseModel):
     model_config = SECTION
 
     type: Literal["transformer"] = "transformer"
+    """Which model: the decoder."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding. Unset: the tokenizer's, rounded up to vocab_size_multiple."""
     vocab_size_multiple: PositiveInt = 128
@@ -216,6 +219,7 @@ class ModelConfig(BaseModel):
     d_model: PositiveInt = 512
     """Width of the residual stream."""
     num_layers: PositiveInt = 6
+    """Blocks."""
     max_seq_len: PositiveInt = 2048
     """Longest sequence in training, tokens; learned positions can't go past it."""
     attention: AttentionConfig = AttentionConfig()

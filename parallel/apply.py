@@ -1,9 +1,6 @@
 """From a configuration to a model that is laid over the mesh, initialized and ready to train."""
 
-from typing import cast
-
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.build import build_model
@@ -34,7 +31,7 @@ def lay_out(
         model = build_model(model_config).to(master_dtype(precision))
     checkpoint_activations(model, activation_checkpoint)
     if compilation.enabled:
-        for block in cast(nn.ModuleList, model.blocks):
+        for block in model.blocks:
             block.compile()
     sharded = shard(model, mesh, parallel, precision)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)

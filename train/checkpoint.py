@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: 
         dcp_save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
     except CheckpointException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(_reason(error, f"{final}: not saved")) from None
+        mend = "free some space and give the same command again: it goes on from the newest checkpoint"
+        raise RunError(f"{_reason(error, f'{final}: not saved')}; {mend}") from None
     if first:
         _commit(aside, final, progress)
         for old in complete(folder)[:-keep]:
@@ -165,7 +167,9 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
                 f"{path}: {name} is {dtype} of {shape}, but the run needs {tensor.dtype} of {tuple(tensor.shape)}"
             )
     try:
-        dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+            dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise RunError(_reason(error, f"{path}: not loaded")) from None
 

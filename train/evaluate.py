@@ -2,11 +2,12 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.stream import validation_batches
 from data.tokenizer import Tokenizer
 from model.generate import generate
+from model.transformer import Transformer
 from parallel.engine import TorchEngine
 from train.config import Config
 
@@ -30,7 +31,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
 
 @torch.no_grad()
 def sample_text(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int, device: torch.device
+    model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int, device: torch.device
 ) -> str:
     """The prompt and up to `tokens` tokens more; the same on all ranks, which call it together."""
     ids = encode_prompt(tokenizer, prompt).to(device)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
+from model.transformer import Transformer
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.processes import pick_device, process_group
@@ -65,7 +65,7 @@ def evaluate_run(path: str, sequences: int | None) -> Evaluation:
 class LoadedRun:
     """A trained model in the run's compute dtype, with its tokenizer."""
 
-    model: nn.Module
+    model: Transformer
     tokenizer: Tokenizer
     config: Config
     device: torch.device
@@ -105,16 +105,19 @@ def continuation(
     ids = encode_prompt(run.tokenizer, prompt).to(run.device)
     generator = torch.Generator(run.device).manual_seed(seed)
     decoder = run.tokenizer.incremental_decoder()
-    tokens = stream(
-        run.model,
-        ids,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_token=run.tokenizer.eos_id,
-        generator=generator,
-    )
+    try:
+        tokens = stream(
+            run.model,
+            ids,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_token=run.tokenizer.eos_id,
+            generator=generator,
+        )
+    except ValueError as error:  # what this model can't generate
+        raise RunError(str(error)) from None
     for token in tokens:
         yield decoder.add(int(token))
     yield decoder.finish()

@@ -97,8 +97,9 @@ class TensorBoard:
             "precision": config.precision,
             "seed": config.run.seed,
         }
+        events = self.writer._get_file_writer()
         for summary in hparams(settings, {"train/loss": 0, "validation/loss": 0}):
-            self.writer.file_writer.add_summary(summary)
+            events.add_summary(summary)
 
     def step(self, metrics: Metrics) -> None:
         """Write every value as a scalar."""

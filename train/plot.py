@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from train.run_folder import RunFolder, read_metrics
 
@@ -34,6 +35,9 @@ def plot_runs(runs: Sequence[str], out: Path | None) -> Path:
         for name, rows in metrics.items():
             _draw(axis, key, name, rows)
         axis.set(xlabel="tokens", ylabel=label, yscale=scale)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if scale == "linear":
+            axis.yaxis.set_major_formatter(EngFormatter(sep="") if key == "tokens_per_second" else "{x:.4g}")
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
     figure.suptitle(", ".join(metrics))

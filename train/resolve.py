@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from data.dataset import DatasetInfo, open_dataset
+from data.tokenizer import Tokenizer
 from parallel.errors import LayoutError
 from parallel.mesh import Layout, resolve_layout
 from train.config import Config
@@ -55,6 +56,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
             f"({dataset.seq_len} tokens): set model.max_seq_len={dataset.seq_len}, or prepare the data "
             f"with --seq-len {config.model.max_seq_len}"
         )
+    _check_samples(config, dataset)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
     _check_batch(config, layout)
     return Plan(config, sources, dataset, layout)
@@ -85,6 +87,25 @@ def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, d
             f"of {config.data.path}: leave it out, or set at least {dataset.vocab_size}"
         )
     return config, loaded.sources
+
+
+def _check_samples(config: Config, dataset: DatasetInfo) -> None:
+    """A sample that the model can't generate would otherwise end the run when it is due."""
+    settings, model = config.evaluation, config.model
+    if settings.sample_every_steps is None:
+        return
+    if model.attention.mask_type == "bidirectional":
+        raise ConfigError(
+            "evaluation.sample_every_steps: a model with model.attention.mask_type=bidirectional generates no text: "
+            "leave it out"
+        )
+    if model.positional.encoding == "learned":
+        prompt = len(Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)) or 1
+        if prompt + settings.sample_tokens > model.max_seq_len:
+            raise ConfigError(
+                f"evaluation.sample_tokens={settings.sample_tokens} after a prompt of {prompt} tokens goes past the "
+                f"{model.max_seq_len} learned positions: set at most {model.max_seq_len - prompt}"
+            )
 
 
 def _check_batch(config: Config, layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from data.stream import TrainingStream
 from data.tokenizer import Tokenizer
 from model.count import flops_per_token
+from model.transformer import Transformer
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
 from parallel.mesh import make_mesh
@@ -107,7 +109,7 @@ def _make_hooks(
         tokenizer = Tokenizer.load(folder.tokenizer)
         settings = config.evaluation
         text = sample_text(
-            engine.model,
+            cast(Transformer, engine.model),
             tokenizer,
             settings.sample_prompt,
             settings.sample_tokens,

@@ -12,9 +12,10 @@ import torch
 
 import data.shared_memory
 from data.config import DataConfig
-from data.dataset import DatasetInfo, dataset_path
+from data.dataset import DatasetInfo, dataset_path, open_dataset
 from data.errors import InputError
-from data.stream import Batch, TrainingStream, clean_stale_shared_memory, open_dataset, validation_batches
+from data.shared_memory import clean_stale_shared_memory
+from data.stream import Batch, TrainingStream, validation_batches
 from parallel.processes import WorkerPool
 from tests.data import ranks
 
@@ -169,8 +170,10 @@ def test_validation_covers_the_split_once(prepared: DatasetInfo, size: int, limi
     assert len({len(batches) for batches in shares}) == 1
     assert all(len(batch.tokens) == 3 for batches in shares for batch in batches)
     ids = [at for batches in shares for batch in batches for at in batch.sample_ids.tolist()]
-    wanted = min(limit or prepared.validation.sequences, prepared.validation.sequences)
-    assert sorted(at for at in ids if at >= 0) == list(range(wanted))
+    whole = prepared.validation.sequences
+    wanted = min(limit or whole, whole)
+    spread = [at * whole // wanted for at in range(wanted)]
+    assert sorted(at for at in ids if at >= 0) == spread
     for batches in shares:
         for batch in batches:
             assert (batch.targets[batch.sample_ids < 0] == -100).all()

@@ -106,6 +106,24 @@ def test_unwritable_run_folder_is_refused(tiny_config: str, tmp_path: Path) -> N
     assert "can't be written" in refused("train", tiny_config, f"run.dir={tmp_path / 'file'}")
 
 
+def test_full_disk_during_a_save_is_told_and_nothing_is_lost(tiny_config: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk's end: writing fails at the same place."""
+    settings = [tiny_config, f"run.dir={tmp_path}", "checkpoint.every_steps=2", "run.steps=4"]
+    trireme("train", *settings, "run.steps=2", "schedule.total_steps=4")
+    small = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({2**16}, {2**16}))"
+    code = f"{small}; from train.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", *settings, "schedule.total_steps=4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "not saved" in line and "free some space" in line
+    assert "Traceback" not in done.stderr
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    trireme("train", *settings, "schedule.total_steps=4")
+    assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_shows_where_each_value_came_from() -> None:
     shown = trireme("config", "show", "demo", "optimizer.lr=1e-3").stdout
     lines = {line.split(":")[0]: line for line in shown.splitlines()}

@@ -145,3 +145,17 @@ def test_low_precision_learns(
     pools[2].run(train_here, tiny_config, overrides)
     rows = losses(tmp_path / "run")
     assert rows[-1][1] < 0.85 * rows[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_run_equals_an_eager_one(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, world: int
+) -> None:
+    common = [f"run.dir={tmp_path}", "run.steps=4", "activation_checkpoint.mode=full"]
+    pools[world].run(train_here, tiny_config, [*common, "run.name=eager"])
+    pools[world].run(train_here, tiny_config, [*common, "run.name=compiled", "compile.enabled=true"])
+    eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert compiled != eager, "compiled code rounds otherwise"
+    for (_, loss, norm), (_, compiled_loss, compiled_norm) in zip(eager, compiled, strict=True):
+        assert (compiled_loss, compiled_norm) == (pytest.approx(loss, 1e-5), pytest.approx(norm, 1e-4))

@@ -7,7 +7,9 @@ import typer
 
 def evaluate(
     run: Annotated[str, typer.Argument(help="The folder of a run, such as runs/demo.")],
-    sequences: Annotated[int | None, typer.Option(min=1, help="Only the first so many sequences.")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Only so many sequences, evenly spread.")
+    ] = None,
 ) -> None:
     """Measure the loss of a run's newest checkpoint on the validation split.
 
