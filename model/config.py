@@ -1,37 +1,28 @@
 """The `model` section of the configuration. Imports pydantic only, so that reading a config is fast."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-SECTION = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from model.moe_config import MoEConfig
+from model.section import SECTION, Rate, known, largest_divisor
 
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def known(value: int | None) -> int:
-    """A value that its section has filled in."""
-    assert value is not None
-    return value
+__all__ = [
+    "AttentionConfig",
+    "FeedForwardConfig",
+    "LossConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "NormConfig",
+    "PositionalConfig",
+    "known",
+]
 
 
 def _default_kv_heads(variant: str, num_heads: int) -> int:
     if variant == "mha":
         return num_heads
-    return 1 if variant == "mqa" else _largest_divisor(num_heads, num_heads // 4)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next((d for d in range(min(number, limit), 1, -1) if number % d == 0), 1)
+    return 1 if variant == "mqa" else largest_divisor(num_heads, num_heads // 4)
 
 
 class AttentionConfig(BaseModel):
@@ -123,66 +114,6 @@ class FeedForwardConfig(BaseModel):
         return self
 
 
-class MoEConfig(BaseModel):
-    """A mixture of experts in place of feed-forward layers; an expert is of the kind that model.ffn says."""
-
-    model_config = SECTION
-
-    num_experts: Annotated[int, Field(ge=2)] = 8
-    """Experts of a layer."""
-    top_k: PositiveInt = 2
-    """Experts that a token is routed to."""
-    router: Literal["softmax", "sigmoid"] = "softmax"
-    """How scores are made of the router's logits: over all experts, or for each expert by itself."""
-    normalize_top_k: bool | None = None
-    """Divide the scores of a token's experts by their sum. Unset: true, but false with top_k 1."""
-    num_shared_experts: NonNegativeInt = 0
-    """Experts that every token goes through beside those that it is routed to."""
-    d_ff: PositiveInt | None = None
-    """Hidden width of one expert. Unset: model.ffn.d_ff."""
-    first_layer: NonNegativeInt = 0
-    """The first layer with experts, counted from 0."""
-    every_nth_layer: PositiveInt = 1
-    """From first_layer on, one layer in so many has experts."""
-    capacity_factor: PositiveFloat | None = None
-    """In training an expert takes the first capacity_factor * length * top_k / num_experts tokens of a
-    sequence, rounded up, and drops the others. Unset: none is dropped."""
-    balance: Literal["loss", "bias"] = "loss"
-    """What evens the experts' load: a loss, or a bias on their scores that is updated at every step."""
-    load_balance_loss: NonNegativeFloat | None = None
-    """Weight of the load balancing loss of a sequence. Unset: 0.01, and 0.0001 with balance bias."""
-    bias_rate: NonNegativeFloat | None = None
-    """balance bias only: change of an expert's bias at a step. Unset: 0.001."""
-    router_z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared logarithm of the router's normalizer; 0.001 is usual."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"model.moe.top_k={self.top_k} exceeds model.moe.num_experts={self.num_experts}: "
-                f"use model.moe.top_k={min(2, self.num_experts)}"
-            )
-        if self.normalize_top_k is None:
-            object.__setattr__(self, "normalize_top_k", self.top_k > 1)
-        if self.normalize_top_k and self.top_k == 1:
-            raise ValueError(
-                "model.moe.normalize_top_k=true with model.moe.top_k=1 makes every weight 1, from which the "
-                "router learns nothing: leave it unset, or use model.moe.top_k=2"
-            )
-        biased = self.balance == "bias"
-        if self.bias_rate is not None and not biased:
-            raise ValueError(
-                f"model.moe.bias_rate={self.bias_rate:g} has no effect with model.moe.balance={self.balance}: "
-                f"leave it out, or use model.moe.balance=bias"
-            )
-        if biased and self.bias_rate is None:
-            object.__setattr__(self, "bias_rate", 0.001)
-        if self.load_balance_loss is None:
-            object.__setattr__(self, "load_balance_loss", 0.0001 if biased else 0.01)
-        return self
-
-
 class LossConfig(BaseModel):
     """What training adds to the cross-entropy. Evaluation reports the cross-entropy alone."""
 
@@ -249,7 +180,7 @@ class ModelConfig(BaseModel):
             if self.d_model % heads:
                 raise ValueError(
                     f"model.attention.num_heads={heads} does not divide model.d_model={self.d_model}: use "
-                    f"{_largest_divisor(self.d_model, heads)} heads, or set model.attention.head_dim"
+                    f"{largest_divisor(self.d_model, heads)} heads, or set model.attention.head_dim"
                 )
             update = {"head_dim": self.d_model // heads}
             object.__setattr__(self, "attention", self.attention.model_copy(update=update))

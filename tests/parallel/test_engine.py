@@ -189,6 +189,29 @@ def test_layout_computes_the_run_of_one_process(
     assert losses[-1] < 0.8 * losses[0]
 
 
+def balance_after_three_steps(dp_shard: int, micro: int) -> Any:
+    """Runs in every worker: the experts' load in the last step, and the biases that came of all three."""
+    engine = make_engine(1, dp_shard, micro, "fp64", {"activation_checkpoint": {"mode": "full"}}, BIASED)
+    share = GLOBAL_BATCH // dp_shard
+    mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    for step in range(3):
+        batch = global_batch(step)
+        engine.forward_backward(TokenBatch(batch.tokens[mine], batch.targets[mine]), step)
+        engine.step(LR)
+    statistics = engine.expert_statistics()
+    assert statistics is not None
+    biases = {name: t.tolist() for name, t in engine.state().items() if name.endswith("selection_bias")}
+    return statistics.load.tolist(), statistics.dropped.tolist(), biases
+
+
+def test_experts_are_balanced_by_the_whole_step(pools: dict[int, WorkerPool]) -> None:
+    (expected,) = pools[1].run(balance_after_three_steps, 1, 8)
+    load, dropped, biases = expected
+    assert [sum(layer) for layer in load] == pytest.approx([1.0, 1.0]) and dropped == [0.0, 0.0]
+    assert len(biases) == 2 and all(any(bias) for bias in biases.values())
+    assert pools[2].run(balance_after_three_steps, 2, 1) == [expected, expected]
+
+
 # Measured here over these 20 steps: fp32 4e-6, bf16 and fp16 at most 2e-2 of the loss.
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 5e-2), ("fp16", 5e-2)])
 def test_lower_precision_stays_near(pools: dict[int, WorkerPool], precision: str, bound: float) -> None:
