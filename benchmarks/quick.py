@@ -22,7 +22,7 @@ from data.dataset import DatasetInfo, SplitInfo
 from data.stream import Batch
 from model.build import build_model
 from model.initialize import initialize
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.processes import process_group
 from train.config import Config
 from train.metrics import Metrics

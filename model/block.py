@@ -5,15 +5,15 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import ATTENTION
+from model.attention_variants import ATTENTION
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.cost import Cost
 from model.feedforward import FEEDFORWARD
-from model.masks import Mask
+from model.kernels import Mask
 from model.moe import MoE
 from model.norms import NORMS
-from model.positions import Rotation
+from model.rope import Rotation
 from model.router import Routing
 
 

@@ -4,7 +4,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from model.attention_config import AttentionConfig
 from model.moe_config import MoEConfig
+from model.positional_config import PositionalConfig, check_positions
 from model.section import SECTION, Rate, known, largest_divisor
 
 __all__ = [
@@ -17,73 +19,6 @@ __all__ = [
     "PositionalConfig",
     "known",
 ]
-
-
-def _default_kv_heads(variant: str, num_heads: int) -> int:
-    if variant == "mha":
-        return num_heads
-    return 1 if variant == "mqa" else largest_divisor(num_heads, num_heads // 4)
-
-
-class AttentionConfig(BaseModel):
-    model_config = SECTION
-
-    variant: Literal["mha", "gqa", "mqa"] = "gqa"
-    """mha: a key/value head for each query head; gqa: shared by groups; mqa: one for all."""
-    num_heads: PositiveInt = 8
-    """Query heads."""
-    num_kv_heads: PositiveInt | None = None
-    """Key/value heads. Unset: mha num_heads, mqa 1, gqa num_heads // 4 (or the next divisor below)."""
-    head_dim: PositiveInt | None = None
-    """Width of one head. Unset: d_model // num_heads."""
-    dropout: Rate = 0.0
-    """Dropout of the attention probabilities; above 0 a slower T x T kernel runs."""
-    bias: bool = False
-    """Biases on the query, key, value and output projections."""
-    mask_type: Literal["causal", "bidirectional", "sliding_window"] = "causal"
-    """Which tokens a token sees: those up to itself, all, or the last window_size up to itself."""
-    window_size: PositiveInt | None = None
-    """sliding_window only: tokens seen, the token itself included."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", _default_kv_heads(self.variant, self.num_heads))
-        heads, kv_heads = self.num_heads, known(self.num_kv_heads)
-        if self.variant == "mha" and kv_heads != heads:
-            raise ValueError(
-                f"model.attention.num_kv_heads={kv_heads} differs from model.attention.num_heads={heads}, "
-                f"which variant mha can't have: leave it unset, or use model.attention.variant=gqa"
-            )
-        if self.variant == "mqa" and kv_heads != 1:
-            raise ValueError(
-                f"model.attention.num_kv_heads={kv_heads}, but variant mqa has 1: leave it unset, or use "
-                f"model.attention.variant=gqa"
-            )
-        if heads % kv_heads:
-            raise ValueError(
-                f"model.attention.num_kv_heads={kv_heads} does not divide model.attention.num_heads={heads}: "
-                f"use {_default_kv_heads('gqa', heads)}"
-            )
-        if self.mask_type == "sliding_window" and self.window_size is None:
-            raise ValueError(
-                "model.attention.mask_type=sliding_window needs model.attention.window_size, 256 for example"
-            )
-        if self.mask_type != "sliding_window" and self.window_size is not None:
-            raise ValueError(
-                f"model.attention.window_size={self.window_size} has no effect with "
-                f"model.attention.mask_type={self.mask_type}: leave it out, or use mask_type=sliding_window"
-            )
-        return self
-
-
-class PositionalConfig(BaseModel):
-    model_config = SECTION
-
-    encoding: Literal["rope", "sinusoidal", "learned", "none"] = "rope"
-    """rope turns queries and keys; sinusoidal and learned are added to the embeddings."""
-    rope_base: PositiveFloat = 10000.0
-    """rope only: base of the geometric series of wavelengths."""
 
 
 class FeedForwardConfig(BaseModel):
@@ -189,17 +124,8 @@ class ModelConfig(BaseModel):
             update = {"d_ff": max(1, -(-wanted // multiple)) * multiple}
             object.__setattr__(self, "ffn", self.ffn.model_copy(update=update))
         self._resolve_moe()
-        encoding, head_dim = self.positional.encoding, known(self.attention.head_dim)
-        if encoding == "rope" and head_dim % 2:
-            raise ValueError(
-                f"model.positional.encoding=rope turns pairs, but model.attention.head_dim={head_dim} is odd:"
-                f" set model.attention.head_dim={head_dim + 1}"
-            )
-        if encoding == "sinusoidal" and self.d_model % 2:
-            raise ValueError(
-                f"model.positional.encoding=sinusoidal needs an even model.d_model, not {self.d_model}: "
-                f"use {self.d_model + 1}"
-            )
+        object.__setattr__(self, "positional", self.positional.resolved(self.max_seq_len))
+        check_positions(self.positional, self.attention, self.d_model)
         return self
 
     def _resolve_moe(self) -> None:

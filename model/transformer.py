@@ -15,7 +15,7 @@ from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss, token_loss_sum
 from model.masks import make_mask
 from model.moe import MoE, add_gradient_of, auxiliary_sum
 from model.norms import NORMS
-from model.positions import POSITIONS
+from model.positions import POSITIONS, places_in_documents
 from model.router import Routing
 from model.weights import Weight
 
@@ -48,6 +48,8 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         *,
         loss_func: Callable[[Tensor, Tensor], Tensor] | None = None,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -55,10 +57,13 @@ class Transformer(nn.Module):
 
         With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX, or what
         loss_func(logits (B * T, V), targets (B * T,)) returns, such as F.cross_entropy.
+        document_ids (B, T) int64: tokens see their own document, a run of one id, and positions restart in it.
+        padding (B, T) bool: tokens that no token sees, True where padded; positions count the others.
         With a cache: tokens go on from those that the cache holds.
-        Raises ValueError past the learned positions.
+        Raises ValueError past the learned positions, for document_ids with a cache, and where the attention
+        kernel asked for can't do it.
         """
-        hidden, routings = self._hidden(tokens, cache)
+        hidden, routings = self._hidden(tokens, cache, document_ids, padding)
         logits = F.linear(hidden[:, -1:] if last_only else hidden, self._head_weight())
         if targets is None:
             return logits
@@ -71,14 +76,21 @@ class Transformer(nn.Module):
             loss = add_gradient_of(loss, auxiliary_sum(routings, scored) / scored.sum())
         return logits, loss
 
-    def loss_sum(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss_sum(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """Sum of the token losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T).
 
         A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. In training,
         z-loss and label smoothing of config.loss are in it; of the experts' auxiliary losses only the
-        gradient is, each sequence's times its number of scored targets.
+        gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
         """
-        hidden, routings = self._hidden(tokens)
+        hidden, routings = self._hidden(tokens, None, document_ids, padding)
         loss = token_loss_sum(
             hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self._loss_config()
         )
@@ -89,14 +101,32 @@ class Transformer(nn.Module):
     def _loss_config(self) -> LossConfig:
         return self.config.loss if self.training else CROSS_ENTROPY
 
-    def _hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, list[Routing]]:
+    def _hidden(
+        self, tokens: Tensor, cache: KeyValueCache | None, document_ids: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, list[Routing]]:
         """(B, T) -> (B, T, D), ready for the head, and the routing of each layer with experts."""
         routings: list[Routing] = []
-        offset = 0 if cache is None else cache.length
-        x = self.positions.embed(self.embedding(tokens), offset)
+        offset, length = 0 if cache is None else cache.length, tokens.shape[1]
+        queries = keys = range(offset, offset + length)
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids can't go with a cache, which holds one document in each row")
+            keys, padding = cache.keys(length), cache.add_padding(padding, tokens)
+        places = places_in_documents(length, offset, document_ids, padding)
+        x = self.positions.embed(self.embedding(tokens), offset, places)
         x = F.dropout(x, self.config.dropout, self.training)
         rotation = self.positions.rotation(x, offset)
-        mask = make_mask(self.config.attention, tokens.shape[1], offset + tokens.shape[1], tokens.device)
+        mask = make_mask(
+            self.config.attention,
+            queries,
+            keys,
+            x,
+            bias=self.positions.bias(x),
+            heads=self.positions.heads,
+            documents=document_ids,
+            padding=padding,
+            cached=cache is not None,
+        )
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotation, None if cache is None else cache.layers[index])
             if isinstance(x, tuple):

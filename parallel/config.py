@@ -8,7 +8,7 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 class ParallelConfig(BaseModel):
-    """How many ranks each dimension of the mesh has; see `parallel.mesh.Layout`."""
+    """How many ranks each dimension of the mesh has; see `parallel.layout.Layout`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

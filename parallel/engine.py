@@ -16,8 +16,8 @@ from model.moe import ExpertStatistics, expert_statistics, take_expert_counts, u
 from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.gradients import global_norm, local, scale
+from parallel.layout import Layout
 from parallel.loss_scale import LossScale
-from parallel.mesh import Layout
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 

@@ -1,16 +1,12 @@
 """Checkpoints: safetensors and JSON, each existing wholly or not at all, readable at any layout."""
 
-import hashlib
 import json
-import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,21 +17,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from train.checkpoint_folder import FORMAT, MANIFEST, Progress, checksum, complete
 from train.errors import RunError
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors."""
-
-    step: int
-    tokens: int
-    data: dict[str, Any]
-    """The position in the data, as `data.stream.TrainingStream.state_dict` gives it."""
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> Path:
@@ -75,7 +58,7 @@ def _commit(aside: Path, final: Path, progress: Progress) -> None:
         "world_size": dist.get_world_size(),
         "progress": asdict(progress),
         "files": {
-            str(file.relative_to(aside)): {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+            str(file.relative_to(aside)): {"bytes": file.stat().st_size, "sha256": checksum(file)}
             for file in files
         },
     }
@@ -87,65 +70,6 @@ def _commit(aside: Path, final: Path, progress: Progress) -> None:
         shutil.rmtree(final)
     aside.rename(final)
     _to_disk(final.parent)
-
-
-def complete(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(named, key=_step)
-
-
-def newest_step(folder: Path) -> int:
-    """The step of the newest finished checkpoint, unchecked; 0 where there is none."""
-    return max(map(_step, complete(folder)), default=0)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def latest(folder: Path, log: logging.Logger) -> Path | None:
-    """The newest checkpoint whose files are as they were written; damaged ones are passed over, and named."""
-    for path in reversed(complete(folder)):
-        damage = find_damage(path)
-        if damage is None:
-            return path
-        log.warning("%s is damaged (%s): going back to the one before", path, damage)
-    return None
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, fact in manifest["files"].items():
-            file = path / name
-            if not file.resolve().is_relative_to(path.resolve()):
-                return f"{name} leads out of the folder"
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != fact["bytes"] or _checksum(file) != fact["sha256"]:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {type(error).__name__}: {error}"
-    return None
-
-
-def load_progress(path: Path) -> Progress:
-    """Where the run stood.
-
-    Raises:
-        RunError: the checkpoint is of another format.
-    """
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["format"] != FORMAT:
-        raise RunError(
-            f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}: "
-            f"use the version that wrote it"
-        )
-    return Progress(**manifest["progress"])
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -177,11 +101,6 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _reason(error: CheckpointException, what: str) -> str:
     cause = next(iter(error.failures.values()))[0]
     return f"{what}: {type(cause).__name__}: {cause}"
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:

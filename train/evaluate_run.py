@@ -15,7 +15,7 @@ from model.transformer import Transformer
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.processes import pick_device, process_group
-from train import checkpoint
+from train import checkpoint, checkpoint_folder
 from train.config import Config, EvaluationConfig
 from train.config_file import Loaded
 from train.errors import RunError
@@ -58,7 +58,7 @@ def evaluate_run(path: str, sequences: int | None) -> Evaluation:
         engine = make_engine(plan, device)
         checkpoint.load_tensors(newest, engine.weights())
         loss = validation_loss(engine, config)
-    return Evaluation(checkpoint.load_progress(newest).step, loss)
+    return Evaluation(checkpoint_folder.load_progress(newest).step, loss)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def continuation(
 
 
 def _newest(folder: RunFolder) -> Path:
-    newest = checkpoint.latest(folder.checkpoints, log)
+    newest = checkpoint_folder.latest(folder.checkpoints, log)
     if newest is None:
         raise RunError(f"{folder.path} has no checkpoint: train it until its first")
     return newest

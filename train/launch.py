@@ -5,10 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from data.shared_memory import clean_stale_shared_memory
-from train import checkpoint, run_folder
+from train import checkpoint_folder, run_folder
 from train.config_file import load_config
 from train.resolve import resolve
-from train.worker import work
 
 
 def launch(config: str, overrides: Sequence[str]) -> None:
@@ -21,12 +20,14 @@ def launch(config: str, overrides: Sequence[str]) -> None:
     plan = resolve(loaded)
     folder = run_folder.folder_of(plan.config)
     run_folder.check_same_run(folder, plan)
-    if plan.total_steps is not None and checkpoint.newest_step(folder.checkpoints) >= plan.total_steps:
+    if plan.total_steps is not None and checkpoint_folder.newest_step(folder.checkpoints) >= plan.total_steps:
         print(f"{folder.path} is already done ({plan.total_steps} steps): raise run.steps to go on with it")
         return None
     clean_stale_shared_memory()
     processes = plan.layout.world_size
     if processes == 1 or "RANK" in os.environ:
+        from train.worker import work  # only now: torch takes seconds
+
         return work(loaded)
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

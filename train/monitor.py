@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from train.config import Config
 from train.duration import format_seconds
@@ -145,7 +145,7 @@ class ProgressLine:
 
     def __init__(self, total_steps: int | None, start: int) -> None:
         self.total_steps = total_steps
-        columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (BarColumn(10), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=Console())
         self.task = self.progress.add_task("starting", total=total_steps, completed=start)
         self.progress.start()

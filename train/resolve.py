@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from data.dataset import DatasetInfo, open_dataset
 from data.tokenizer import Tokenizer
 from parallel.errors import LayoutError
-from parallel.mesh import Layout, resolve_layout
+from parallel.layout import Layout, resolve_layout
 from train.config import Config
 from train.config_file import Loaded
 from train.errors import ConfigError

@@ -14,8 +14,8 @@ from model.transformer import Transformer
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
 from parallel.mesh import make_mesh
-from train import checkpoint
-from train.checkpoint import Progress
+from train import checkpoint, checkpoint_folder
+from train.checkpoint_folder import Progress
 from train.evaluate import sample_text, validation_loss
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
@@ -37,6 +37,15 @@ def run(plan: Plan, device: torch.device) -> int:
     engine = make_engine(plan, device)
     stream = TrainingStream(config.data, config.run.seed, dist.get_rank(), dist.get_world_size())
     start = _resume(folder, engine, stream)
+    log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0])
+    log.info(
+        "%d process(es), %s, %s; %s tokens a step, %s",
+        dist.get_world_size(),
+        plan.layout,
+        config.precision,
+        f"{plan.tokens_per_step:,}",
+        f"from step {start + 1} to {plan.total_steps or 'the end of its time'}",
+    )
     if first:
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
@@ -80,7 +89,7 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The newest undamaged checkpoint, as rank 0 finds it, on all ranks."""
     found: list[Path | None] = [None]
     if dist.get_rank() == 0:
-        found = [checkpoint.latest(folder.checkpoints, log)]
+        found = [checkpoint_folder.latest(folder.checkpoints, log)]
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -91,7 +100,8 @@ def _resume(folder: RunFolder, engine: TorchEngine, stream: TrainingStream) -> i
     if path is None:
         return 0
     checkpoint.load_tensors(path, engine.state())
-    progress = checkpoint.load_progress(path)
+    progress = checkpoint_folder.load_progress(path)
+    log.debug("loaded %s", path)
     stream.load_state_dict(progress.data)
     return progress.step
 
@@ -103,7 +113,8 @@ def _make_hooks(
 
     def save(step: int) -> None:
         progress = Progress(step, step * plan.tokens_per_step, stream.state_dict())
-        checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
+        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
+        log.debug("saved %s", path)
 
     def sample(step: int) -> None:
         tokenizer = Tokenizer.load(folder.tokenizer)

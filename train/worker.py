@@ -1,6 +1,7 @@
 """A process of a run, from its place in the group to its end."""
 
 import logging
+import sys
 
 import torch.distributed as dist
 
@@ -9,6 +10,7 @@ from train import run_folder
 from train.config_file import Loaded
 from train.resolve import resolve
 from train.run import run
+from train.run_folder import RunFolder
 
 
 def work(loaded: Loaded) -> None:
@@ -22,11 +24,23 @@ def work(loaded: Loaded) -> None:
     run_folder.check_same_run(folder, plan)
     device = pick_device()
     with process_group(device):
-        logging.basicConfig(
-            level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s"
-        )
         if dist.get_rank() == 0:
             run_folder.create(folder, plan)
         dist.barrier()
+        _log_to(folder)
         run(plan, device)
         dist.barrier()
+
+
+def _log_to(folder: RunFolder) -> None:
+    """All that a rank logs goes into a file of its own; what matters to a person, on rank 0, also to the screen."""
+    rank = dist.get_rank()
+    to_file = logging.FileHandler(folder.logs / f"rank-{rank:05d}.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_screen = logging.StreamHandler(sys.stdout)
+    to_screen.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    ours = logging.getLogger("train")
+    ours.setLevel(logging.DEBUG)
+    ours.addHandler(to_screen)
+    logging.basicConfig(level=logging.WARNING, handlers=[to_file])
+    logging.captureWarnings(True)

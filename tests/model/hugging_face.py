@@ -31,9 +31,16 @@ from transformers import (  # noqa: E402
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa: E402
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE  # noqa: E402
+from transformers.models.falcon.modeling_falcon import (  # noqa: E402
+    build_alibi_tensor as build_falcon_alibi_tensor,
+)
+from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
 
 __all__ = [
+    "ROPE_INIT_FUNCTIONS",
     "DeepseekV3Config",
     "DeepseekV3MoE",
     "GPT2Config",
@@ -42,6 +49,9 @@ __all__ = [
     "LlamaForCausalLM",
     "MixtralConfig",
     "MixtralForCausalLM",
+    "T5Attention",
+    "build_alibi_tensor",
+    "build_falcon_alibi_tensor",
     "gradients",
     "rename_gpt2",
     "rename_llama",

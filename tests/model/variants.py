@@ -1,5 +1,6 @@
 """Small models of every kind: a list of configurations in which every pair of options meets."""
 
+import random
 from itertools import combinations
 from typing import Any
 
@@ -11,10 +12,13 @@ from model.initialize import initialize
 from model.transformer import Transformer
 
 OPTIONS: dict[str, list[Any]] = {
-    "attention.variant": ["mha", "gqa", "mqa"],
-    "attention.mask_type": ["causal", "sliding_window", "bidirectional"],
+    "attention.variant": ["mha", "gqa", "mqa", "complex", "linear"],
+    "attention.mask_type": ["causal", "sliding_window", "local", "block_sparse", "bidirectional"],
     "attention.bias": [False, True],
-    "positional.encoding": ["rope", "sinusoidal", "learned", "none"],
+    "attention.qk_norm": [False, True],
+    "attention.logit_soft_cap": [None, 2.0],
+    "positional.encoding": ["rope", "alibi", "relative", "sinusoidal", "learned", "none"],
+    "positional.rope_scaling": [None, 2.0, "ntk", "yarn", "llama3"],
     "ffn.variant": ["swiglu", "geglu", "glu", "mlp"],
     "ffn.bias": [False, True],
     "moe": ["none", "softmax", "sigmoid"],
@@ -39,6 +43,22 @@ MOE: dict[str, dict[str, Any] | None] = {
 }
 LOSS = {"plain": {}, "smoothed": {"z_loss": 0.001, "label_smoothing": 0.1}}
 
+# pairs that the configuration refuses, with its reason
+REFUSED: list[dict[str, list[Any]]] = [
+    {"attention.variant": ["linear"], "attention.mask_type": ["sliding_window", "local", "block_sparse"]},
+    {"attention.variant": ["linear"], "attention.logit_soft_cap": [2.0]},
+    {"attention.variant": ["linear"], "positional.encoding": ["alibi", "relative"]},
+    {
+        "positional.encoding": ["alibi", "relative", "sinusoidal", "learned", "none"],
+        "positional.rope_scaling": [2.0, "ntk", "yarn", "llama3"],
+    },
+]
+
+
+def refused(choice: dict[str, Any]) -> bool:
+    """Whether a choice, of some or all options, has a refused pair in it."""
+    return any(all(choice.get(name) in values for name, values in pair.items()) for pair in REFUSED)
+
 
 def config_of(chosen: dict[str, Any], **top: Any) -> ModelConfig:
     """A tiny model with the chosen options, dotted names; `top` overrides sizes."""
@@ -49,8 +69,12 @@ def config_of(chosen: dict[str, Any], **top: Any) -> ModelConfig:
     for name, kinds in (("moe", MOE), ("loss", LOSS)):
         if isinstance(sections.get(name), str):
             sections[name] = kinds[sections[name]]
-    if chosen.get("attention.mask_type") == "sliding_window":
+    if chosen.get("attention.mask_type") in ("sliding_window", "local"):
         sections["attention"]["window_size"] = 5
+    if chosen.get("attention.mask_type") == "block_sparse":
+        sections["attention"]["block_size"] = 4
+    if isinstance(chosen.get("positional.rope_scaling"), str):
+        sections["positional"]["rope_scaling"] = {"type": chosen["positional.rope_scaling"], "factor": 2.0}
     return ModelConfig(
         **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "max_seq_len": 32, **sections, **top}
     )
@@ -69,24 +93,34 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -
 
 
 def pairwise() -> list[dict[str, Any]]:
-    """Choices until every pair of values of two options is in one of them: each starts from a missing pair
-    and takes for every other option the value that completes the most missing pairs."""
-    missing = {
-        frozenset({(a, x), (b, y)}): None
-        for a, b in combinations(OPTIONS, 2)
-        for x in OPTIONS[a]
-        for y in OPTIONS[b]
-    }
+    """Choices until every pair of values of two options that may meet is in one of them.
+
+    Each choice starts from a pair that is missing, and is the best of some random ones around it.
+    """
+    draw = random.Random(0)
+    pairs = [{a: x, b: y} for a, b in combinations(OPTIONS, 2) for x in OPTIONS[a] for y in OPTIONS[b]]
+    missing = {_pair(pair) for pair in pairs if not refused(pair)}
     chosen = []
-    while missing:
-        choice = dict(next(iter(missing)))
-        for name in [name for name in OPTIONS if name not in choice]:
-            completed = [
-                sum(frozenset({(name, value), pair}) in missing for pair in choice.items())
-                for value in OPTIONS[name]
-            ]
-            choice[name] = OPTIONS[name][completed.index(max(completed))]
-        for pair in combinations(choice.items(), 2):
-            missing.pop(frozenset(pair), None)
-        chosen.append({name: choice[name] for name in OPTIONS})
+    for pair in pairs:
+        if _pair(pair) in missing:
+            candidates = [_around(pair, draw) for _ in range(60)]
+            best = max(candidates, key=lambda candidate: len(_pairs(candidate) & missing))
+            missing -= _pairs(best)
+            chosen.append(best)
     return chosen
+
+
+def _around(pair: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """A random choice of all options that has the pair in it and no refused one."""
+    while True:
+        candidate = {name: draw.choice(values) for name, values in OPTIONS.items()} | pair
+        if not refused(candidate):
+            return candidate
+
+
+def _pair(pair: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    return frozenset(pair.items())
+
+
+def _pairs(candidate: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(pair) for pair in combinations(candidate.items(), 2)}

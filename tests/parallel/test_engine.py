@@ -15,7 +15,8 @@ from model.initialize import initialize
 from model.moe import take_expert_counts, update_balance
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.engine import TorchEngine
-from parallel.mesh import Layout, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import make_mesh
 from parallel.processes import WorkerPool
 
 MODEL = {

@@ -4,7 +4,7 @@ import pytest
 
 from parallel.config import ParallelConfig
 from parallel.errors import LayoutError
-from parallel.mesh import Layout, resolve_layout
+from parallel.layout import Layout, resolve_layout
 
 
 def test_what_is_left_goes_to_sharding() -> None:

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from parallel.processes import WorkerPool
-from train import checkpoint
-from train.checkpoint import Progress
+from train import checkpoint, checkpoint_folder
+from train.checkpoint_folder import Progress
 from train.errors import RunError
 
 LOG = logging.getLogger("test")
@@ -65,7 +65,7 @@ def saved(pools: dict[int, WorkerPool], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_loads_at_any_world_size(pools: dict[int, WorkerPool], saved: Path, world: int) -> None:
     assert all(pools[world].run(load, str(saved / "step-00000004")))
-    assert checkpoint.load_progress(saved / "step-00000004") == Progress(4, 40, {"epoch": 1})
+    assert checkpoint_folder.load_progress(saved / "step-00000004") == Progress(4, 40, {"epoch": 1})
 
 
 def test_loads_without_a_process_group(saved: Path) -> None:
@@ -80,13 +80,13 @@ def test_holds_nothing_that_executes(saved: Path) -> None:
 
 def test_keeps_the_newest(pools: dict[int, WorkerPool], saved: Path) -> None:
     pools[2].run(save, str(saved), 5)
-    assert [path.name for path in checkpoint.complete(saved)] == ["step-00000004", "step-00000005"]
+    assert [path.name for path in checkpoint_folder.complete(saved)] == ["step-00000004", "step-00000005"]
 
 
 def test_unfinished_is_never_seen(saved: Path) -> None:
     shutil.copytree(saved / "step-00000004", saved / "step-00000009.tmp")
     (saved / "step-00000008").mkdir()
-    assert checkpoint.latest(saved, LOG) == saved / "step-00000004"
+    assert checkpoint_folder.latest(saved, LOG) == saved / "step-00000004"
 
 
 def test_flipped_bit_is_found_and_the_one_before_taken(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,21 +94,21 @@ def test_flipped_bit_is_found_and_the_one_before_taken(saved: Path, caplog: pyte
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert checkpoint.latest(saved, LOG) == saved / "step-00000003"
+    assert checkpoint_folder.latest(saved, LOG) == saved / "step-00000003"
     assert "is not what was written" in caplog.text
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": {"../x": {}}}', "\x00"])
 def test_broken_manifests_are_damage(saved: Path, manifest: str) -> None:
     (saved / "step-00000004" / "manifest.json").write_text(manifest)
-    assert checkpoint.find_damage(saved / "step-00000004")
+    assert checkpoint_folder.find_damage(saved / "step-00000004")
 
 
 def test_other_format_is_refused(saved: Path) -> None:
     path = saved / "step-00000004" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(RunError, match="checkpoint format 99"):
-        checkpoint.load_progress(path.parent)
+        checkpoint_folder.load_progress(path.parent)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ def test_from_text_to_a_generating_model(corpus: Path, tmp_path: Path) -> None:
     ]
     trained = trireme("train", "tiny", *settings)
     assert "step 4/4" in trained.stdout
+    assert "Transformer(" in trained.stdout and "2 process(es), dp_replicate 1 x dp_shard 2" in trained.stdout
+    for rank in range(2):
+        assert "saved" in (run / "logs" / f"rank-{rank:05d}.log").read_text()
     assert "already" in trireme("train", "tiny", *settings).stdout
     trireme("train", "tiny", *settings, "run.steps=6", "schedule.total_steps=null")
     assert [step for step, _, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
@@ -106,6 +109,7 @@ def test_unwritable_run_folder_is_refused(tiny_config: str, tmp_path: Path) -> N
     assert "can't be written" in refused("train", tiny_config, f"run.dir={tmp_path / 'file'}")
 
 
+@pytest.mark.slow
 def test_full_disk_during_a_save_is_told_and_nothing_is_lost(tiny_config: str, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk's end: writing fails at the same place."""
     settings = [tiny_config, f"run.dir={tmp_path}", "checkpoint.every_steps=2", "run.steps=4"]

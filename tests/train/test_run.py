@@ -100,6 +100,7 @@ def test_learns_and_records(pools: dict[int, WorkerPool], tiny_config: str, tmp_
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in rows])
     assert [event.step for event in events.Scalars("validation/loss")] == [15, 30]
     assert {"config/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "The" in text
     assert json.loads((folder.checkpoints / "step-00000030" / "manifest.json").read_text())["world_size"] == 2
