@@ -2,15 +2,18 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from model.attention_config import AttentionConfig
+from model.moe_config import MoEConfig
 from model.positional_config import PositionalConfig, check_positions
 from model.section import SECTION, Rate, known, largest_divisor
 
 __all__ = [
     "AttentionConfig",
     "FeedForwardConfig",
+    "LossConfig",
+    "MoEConfig",
     "ModelConfig",
     "NormConfig",
     "PositionalConfig",
@@ -46,11 +49,22 @@ class FeedForwardConfig(BaseModel):
         return self
 
 
+class LossConfig(BaseModel):
+    """What training adds to the cross-entropy. Evaluation reports the cross-entropy alone."""
+
+    model_config = SECTION
+
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of the softmax's normalizer (PaLM: 0.0001)."""
+    label_smoothing: Rate = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+
+
 class NormConfig(BaseModel):
     model_config = SECTION
 
-    type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """rmsnorm scales only; layernorm also centres, and has a bias."""
+    type: Literal["rmsnorm", "layernorm", "scalenorm"] = "rmsnorm"
+    """rmsnorm scales only; layernorm also centres, and has a bias; scalenorm scales by one number."""
     eps: PositiveFloat = 1e-5
     """Added to the mean square or the variance."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
@@ -77,15 +91,20 @@ class ModelConfig(BaseModel):
     attention: AttentionConfig = AttentionConfig()
     positional: PositionalConfig = PositionalConfig()
     ffn: FeedForwardConfig = FeedForwardConfig()
+    moe: MoEConfig | None = None
+    """Unset: every feed-forward layer is dense."""
     norm: NormConfig = NormConfig()
+    loss: LossConfig = LossConfig()
     tie_embeddings: bool = True
     """One matrix for the embedding and the head."""
     parallel_layers: bool = False
     """Attention and feed-forward side by side on the same normalized input (PaLM, GPT-J)."""
     dropout: Rate = 0.0
     """Dropout of the embeddings and of each sub-layer's output."""
+    init: Literal["gpt2", "xavier"] = "gpt2"
+    """gpt2: normal weights; xavier: uniform ones for linear layers, by their widths, normal embeddings."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights."""
+    """Standard deviation of normal initial weights."""
     residual_scaled_init: bool = True
     """Divide the initial weights of projections into the residual stream by sqrt(2 * num_layers) (GPT-2)."""
 
@@ -104,6 +123,25 @@ class ModelConfig(BaseModel):
             wanted, multiple = int(self.ffn.expansion_factor * self.d_model), self.ffn.multiple_of
             update = {"d_ff": max(1, -(-wanted // multiple)) * multiple}
             object.__setattr__(self, "ffn", self.ffn.model_copy(update=update))
+        self._resolve_moe()
         object.__setattr__(self, "positional", self.positional.resolved(self.max_seq_len))
         check_positions(self.positional, self.attention, self.d_model)
         return self
+
+    def _resolve_moe(self) -> None:
+        if self.moe is None:
+            return
+        if self.moe.first_layer >= self.num_layers:
+            raise ValueError(
+                f"model.moe.first_layer={self.moe.first_layer} leaves no layer with experts, since "
+                f"model.num_layers={self.num_layers}, counted from 0: use at most {self.num_layers - 1}"
+            )
+        if self.moe.d_ff is None:
+            object.__setattr__(self, "moe", self.moe.model_copy(update={"d_ff": self.ffn.d_ff}))
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers with experts, counted from 0."""
+        if self.moe is None:
+            return range(0)
+        return range(self.moe.first_layer, self.num_layers, self.moe.every_nth_layer)

@@ -119,7 +119,7 @@ class Relative(Positions):
         return learned
 
     def weights(self) -> dict[str, Weight]:
-        return {"weight": Weight("per_head", "normal")}
+        return {"weight": Weight("per_head", "embedding")}
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
@@ -171,7 +171,7 @@ class Learned(Positions):
         return x + (self.weight[offset:end] if places is None else F.embedding(places, self.weight))
 
     def weights(self) -> dict[str, Weight]:
-        return {"weight": Weight("replicated", "normal")}
+        return {"weight": Weight("replicated", "embedding")}
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -1,16 +1,22 @@
 """The decoder. B batch, T sequence, D d_model, V vocabulary."""
 
+from collections.abc import Callable
+from typing import cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.block import Block
 from model.cache import KeyValueCache
-from model.config import ModelConfig, known
+from model.config import LossConfig, ModelConfig, MoEConfig, known
 from model.cost import Cost, linear_cost
-from model.loss import IGNORE_INDEX, token_loss_sum
+from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss, token_loss_sum
 from model.masks import make_mask
+from model.moe import MoE, add_gradient_of, auxiliary_sum
 from model.norms import NORMS
 from model.positions import POSITIONS, places_in_documents
+from model.router import Routing
 from model.weights import Weight
 
 
@@ -28,7 +34,9 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = POSITIONS[config.positional.encoding](config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, moe=layer in config.moe_layers) for layer in range(config.num_layers)
+        )
         self.norm = None if config.norm.placement == "post" else NORMS[config.norm.type](config)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -39,6 +47,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        loss_func: Callable[[Tensor, Tensor], Tensor] | None = None,
         document_ids: Tensor | None = None,
         padding: Tensor | None = None,
         cache: KeyValueCache | None = None,
@@ -46,21 +55,26 @@ class Transformer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (B, T) int64 -> logits (B, T, V), or (B, 1, V) with last_only, in the weights' dtype.
 
-        With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX.
+        With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX, or what
+        loss_func(logits (B * T, V), targets (B * T,)) returns, such as F.cross_entropy.
         document_ids (B, T) int64: tokens see their own document, a run of one id, and positions restart in it.
         padding (B, T) bool: tokens that no token sees, True where padded; positions count the others.
         With a cache: tokens go on from those that the cache holds.
         Raises ValueError past the learned positions, for document_ids with a cache, and where the attention
         kernel asked for can't do it.
         """
-        hidden = self._hidden(tokens, cache, document_ids, padding)
+        hidden, routings = self._hidden(tokens, cache, document_ids, padding)
         logits = F.linear(hidden[:, -1:] if last_only else hidden, self._head_weight())
         if targets is None:
             return logits
-        flat = logits.flatten(0, 1)
-        if flat.dtype.itemsize < 4:
-            flat = flat.float()
-        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX)
+        if loss_func is None:
+            loss = mean_loss(logits.flatten(0, 1), targets.flatten(), self._loss_config())
+        else:
+            loss = loss_func(logits.flatten(0, 1), targets.flatten(0, 1))
+        if routings:
+            scored = (targets != IGNORE_INDEX).sum(dim=1)
+            loss = add_gradient_of(loss, auxiliary_sum(routings, scored) / scored.sum())
+        return logits, loss
 
     def loss_sum(
         self,
@@ -72,16 +86,26 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Sum of the token losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T).
 
-        A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. document_ids and
-        padding as in forward.
+        A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. In training,
+        z-loss and label smoothing of config.loss are in it; of the experts' auxiliary losses only the
+        gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
         """
-        hidden = self._hidden(tokens, None, document_ids, padding)
-        return token_loss_sum(hidden.flatten(0, 1), self._head_weight(), targets.flatten())
+        hidden, routings = self._hidden(tokens, None, document_ids, padding)
+        loss = token_loss_sum(
+            hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self._loss_config()
+        )
+        if not routings:
+            return loss
+        return add_gradient_of(loss, auxiliary_sum(routings, (targets != IGNORE_INDEX).sum(dim=1)))
+
+    def _loss_config(self) -> LossConfig:
+        return self.config.loss if self.training else CROSS_ENTROPY
 
     def _hidden(
         self, tokens: Tensor, cache: KeyValueCache | None, document_ids: Tensor | None, padding: Tensor | None
-    ) -> Tensor:
-        """(B, T) -> (B, T, D), ready for the head."""
+    ) -> tuple[Tensor, list[Routing]]:
+        """(B, T) -> (B, T, D), ready for the head, and the routing of each layer with experts."""
+        routings: list[Routing] = []
         offset, length = 0 if cache is None else cache.length, tokens.shape[1]
         queries = keys = range(offset, offset + length)
         if cache is not None:
@@ -105,13 +129,18 @@ class Transformer(nn.Module):
         )
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotation, None if cache is None else cache.layers[index])
-        return x if self.norm is None else self.norm(x)
+            if isinstance(x, tuple):
+                x, routing = x
+                routings.append(routing)
+                if self.training and torch.is_grad_enabled():
+                    cast(MoE, block.feedforward).record(routing)
+        return (x if self.norm is None else self.norm(x)), routings
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
     def weights(self) -> dict[str, Weight]:
-        weights = {"embedding.weight": Weight("vocabulary", "normal")}
+        weights = {"embedding.weight": Weight("vocabulary", "embedding")}
         if self.head is not None:
             weights["head.weight"] = Weight("vocabulary", "normal")
         return weights
@@ -121,7 +150,10 @@ class Transformer(nn.Module):
         table = known(config.vocab_size) * config.d_model
         head = linear_cost(config.d_model, known(config.vocab_size))
         cost = Cost(parameters=table, embedding=table) + POSITIONS[config.positional.encoding].cost(config)
-        cost += Block.cost(config, seq_len) * config.num_layers
+        with_experts = len(config.moe_layers)
+        cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
+        if with_experts:
+            cost += Block.cost(config, seq_len, moe=True) * with_experts
         cost += Cost(flops=head.flops) if config.tie_embeddings else head
         return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
 
@@ -135,9 +167,18 @@ class Transformer(nn.Module):
             f"{config.norm.type} {config.norm.placement}" + (" parallel" if config.parallel_layers else ""),
             "tied" if config.tie_embeddings else "untied",
         ]
-        total, rest = _in_words(cost.parameters), _in_words(cost.parameters - cost.embedding)
-        settings = ", ".join(parts)
-        return f"Transformer({total} parameters, {rest} non-embedding; {settings})\n{super().__repr__()}"
+        counts = f"{_in_words(cost.parameters)} parameters, "
+        if config.moe is not None:
+            counts += f"{_in_words(cost.parameters - cost.idle)} active, "
+            parts.insert(3, _describe(config.moe, len(config.moe_layers), config.num_layers))
+        counts += f"{_in_words(cost.parameters - cost.embedding)} non-embedding"
+        return f"Transformer({counts}; {', '.join(parts)})\n{super().__repr__()}"
+
+
+def _describe(moe: MoEConfig, layers: int, num_layers: int) -> str:
+    shared = f" + {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+    where = "" if layers == num_layers else f" in {layers} of {num_layers} layers"
+    return f"top {moe.top_k} of {moe.num_experts} experts{shared} d_ff {moe.d_ff}{where}"
 
 
 def _in_words(count: int) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -159,10 +159,10 @@ def _explain(error: Any, values: Values) -> str:
 def _suggest_key(location: list[str]) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = _section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+        if inner is None:
             return ""
-        section = annotation
+        section = inner
     prefix = "".join(f"{part}." for part in location[:-1])
     close = _suggest(location[-1], section.model_fields, prefix)
     if close:
@@ -182,11 +182,20 @@ def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the tree, in order."""
     keys = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += all_keys(field.annotation, f"{prefix}{name}.")
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys += all_keys(inner, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The class of a section, which may be one that can be left out."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _display(path: Path) -> str:

@@ -84,10 +84,11 @@ def load_run(path: str) -> LoadedRun:
     if config.precision == "fp64":
         model.double()
     model.to_empty(device=device)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load_tensors(_newest(folder), tensors)
-    model.to(COMPUTE_DTYPE[config.precision]).eval()
-    return LoadedRun(model, Tokenizer.load(folder.tokenizer), config, device)
+    for parameter in model.parameters():  # buffers stay in fp32, as in training
+        parameter.data = parameter.data.to(COMPUTE_DTYPE[config.precision])
+    return LoadedRun(model.eval(), Tokenizer.load(folder.tokenizer), config, device)
 
 
 def continuation(

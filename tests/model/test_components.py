@@ -12,8 +12,9 @@ from model.block import Block
 from model.build import build_model
 from model.cache import KeyValueCache, KeyValues
 from model.config import ModelConfig
-from model.feedforward import ACTIVATIONS, GATES, _Gated
+from model.feedforward import ACTIVATIONS, FEEDFORWARD, GATES, Gated
 from model.masks import make_mask
+from model.norms import NORMS
 from model.positions import Rope
 from model.rope import rotate
 from model.weights import Weight, declared_weights
@@ -108,8 +109,8 @@ def test_gates(variant):
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64)
     gate.requires_grad_(), up.requires_grad_()
     function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}[variant]
-    assert torch.equal(_Gated.apply(gate, up, variant), function(gate) * up)
-    assert torch.autograd.gradcheck(lambda g, u: _Gated.apply(g, u, variant), (gate, up))
+    assert torch.equal(Gated.apply(gate, up, variant), function(gate) * up)
+    assert torch.autograd.gradcheck(lambda g, u: Gated.apply(g, u, variant), (gate, up))
 
 
 def test_activations():
@@ -124,6 +125,34 @@ def test_activations():
     assert expected.keys() == ACTIVATIONS.keys()
     for name, value in expected.items():
         torch.testing.assert_close(ACTIVATIONS[name](x), value)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", ["swiglu", "geglu", "glu", "mlp"])
+def test_feedforward(variant, bias):
+    ffn = {"variant": variant, "bias": bias, "d_ff": 24}
+    if variant == "mlp":
+        ffn["activation"] = "relu_squared"
+    config = config_of({}, ffn=ffn)
+    layer = FEEDFORWARD[variant](config)
+    x = torch.randn(2, 3, config.d_model)
+    function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}.get(variant)
+    hidden = layer.up(x).relu() ** 2 if function is None else function(layer.gate(x)) * layer.up(x)
+    torch.testing.assert_close(layer(x), layer.down(hidden))
+    assert {name.split(".")[1] for name, _ in layer.named_parameters()} == {
+        "weight",
+        "bias" if bias else "weight",
+    }
+
+
+def test_scalenorm_scales_to_a_learned_length():
+    norm = NORMS["scalenorm"](config_of({}, d_model=16))
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    torch.testing.assert_close(
+        norm(x).norm(dim=-1), torch.full((2, 3), 4.0, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    norm.weight.data.fill_(0.5)
+    torch.testing.assert_close(norm(x), 2 * x / x.norm(dim=-1, keepdim=True), rtol=1e-4, atol=0)
 
 
 def test_sinusoids():
@@ -185,6 +214,20 @@ def test_declared_shardings():
     }
 
 
+def test_declared_shardings_of_experts():
+    config = config_of({"ffn.bias": True}, moe={"num_shared_experts": 1}, num_layers=1)
+    feedforward = build(config).blocks[0].feedforward
+    experts = ["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
+    declared = {name: weight.sharding for name, weight in declared_weights(feedforward).items()}
+    assert declared == {"router.weight": "replicated"} | {
+        f"experts.{name}": "experts" for name in experts
+    } | {
+        f"shared.{name}.{kind}": sharding
+        for kind in ("weight", "bias")
+        for name, sharding in (("gate", "column"), ("up", "column"), ("down", "row"))
+    } | {"shared.down.bias": "replicated"}
+
+
 def test_print():
     with torch.device("meta"):
         model = build_model(ModelConfig(vocab_size=2048))
@@ -194,6 +237,13 @@ def test_print():
         "gqa 8/2 heads, rope, swiglu d_ff 1408, rmsnorm pre, tied)"
     )
     assert second == "Transformer("
+    moe = {"num_experts": 16, "num_shared_experts": 1, "d_ff": 704, "every_nth_layer": 2}
+    with torch.device("meta"):
+        model = build_model(ModelConfig(vocab_size=2048, moe=moe))
+    assert repr(model).splitlines()[0] == (
+        "Transformer(66.6 M parameters, 21.2 M active, 65.6 M non-embedding; gqa 8/2 heads, rope, "
+        "swiglu d_ff 1408, top 2 of 16 experts + 1 shared d_ff 704 in 3 of 6 layers, rmsnorm pre, tied)"
+    )
 
 
 def test_a_vocabulary_is_needed():
@@ -209,10 +259,11 @@ def recomputing(function):
     return forward
 
 
+@pytest.mark.parametrize("moe", ["none", "softmax", "sigmoid"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_blocks_compile_one_by_one(checkpointed):
+def test_blocks_compile_one_by_one(checkpointed, moe):
     """Traced and differentiated as inductor would get them; the loss stays outside."""
-    config = config_of({}, num_layers=1)
+    config = config_of({"moe": moe, "ffn.bias": moe == "sigmoid"}, num_layers=1)
     plain, compiled = build(config), build(config)
     tokens = random_tokens(config, 2, 12)
     for block in compiled.blocks:

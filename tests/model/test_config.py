@@ -47,6 +47,19 @@ def test_what_was_filled_in_reads_back_equal(sections):
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
 
 
+@pytest.mark.parametrize("moe", [{}, {"balance": "bias"}, {"top_k": 1, "d_ff": 8}])
+def test_experts_read_back_equal(moe):
+    config = ModelConfig(moe=moe)
+    assert config.moe.d_ff == moe.get("d_ff", 1408)
+    assert ModelConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize("first, every, layers", [(0, 1, [0, 1, 2, 3, 4, 5]), (1, 2, [1, 3, 5]), (5, 3, [5])])
+def test_layers_with_experts(first, every, layers):
+    assert list(ModelConfig(moe={"first_layer": first, "every_nth_layer": every}).moe_layers) == layers
+    assert not ModelConfig().moe_layers
+
+
 @pytest.mark.parametrize(
     "pair",
     [dict(zip(pair, values, strict=True)) for pair in REFUSED for values in product(*pair.values())],
@@ -137,6 +150,12 @@ def test_pairs_that_cannot_work_are_refused(pair):
             ["use 34"],
         ),
         ({"ffn": {"activation": "relu"}}, ["ffn.activation=relu", "ffn.variant=swiglu", "variant=mlp"]),
+        ({"moe": {"num_experts": 4, "top_k": 5}}, ["moe.top_k=5", "moe.num_experts=4", "top_k=2"]),
+        ({"moe": {"num_experts": 1}}, ["moe.num_experts", "greater than or equal to 2"]),
+        ({"moe": {"top_k": 1, "normalize_top_k": True}}, ["normalize_top_k=true", "top_k=1", "top_k=2"]),
+        ({"moe": {"bias_rate": 0.1}}, ["bias_rate=0.1", "moe.balance=loss", "moe.balance=bias"]),
+        ({"moe": {"first_layer": 6}}, ["first_layer=6", "model.num_layers=6", "at most 5"]),
+        ({"loss": {"label_smoothing": 1.0}}, ["label_smoothing", "less than 1"]),
         ({"dropout": 1.0}, ["dropout", "less than 1"]),
         ({"attention": {"heads": 8}}, ["heads", "not permitted"]),
     ],

@@ -9,7 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.build import build_model
 from model.count import flops_per_token, parameter_count
+from model.moe import moe_layers
 from tests.model.variants import OPTIONS, build, config_of, random_tokens, refused
+
+
+def outer_flops(left, right, counts, *args, **kwargs):
+    return 2 * left[0] * left[1] * right[1]
+
+
+def linear_flops(rows, weight, counts, *args, **kwargs):
+    return 2 * rows[0] * rows[1] * weight[1]
+
+
+GROUPED = {torch.ops.trireme.grouped_linear: linear_flops, torch.ops.trireme.grouped_outer: outer_flops}
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,6 +41,11 @@ def test_parameters(choice, num_layers, d_model, vocab_size):
     assert count.total == sum(p.numel() for p in model.parameters())
     tables = [p for name, p in model.named_parameters() if name in ("embedding.weight", "positions.weight")]
     assert count.embedding == sum(p.numel() for p in tables)
+    idle = 0
+    for layer in moe_layers(model):
+        one = sum(p[0].numel() for p in layer.experts.parameters())
+        idle += one * (config.moe.num_experts - config.moe.top_k)
+    assert count.active == count.total - idle
 
 
 VISIBLE = {
@@ -60,6 +77,19 @@ def test_flops(variant, ffn, tied, mask_type):
     per_key = 6 if variant == "complex" else 4
     saved = 3 * config.num_layers * per_key * 32 * (32 - VISIBLE[mask_type])
     assert flops_per_token(config, 32) == pytest.approx(whole - saved)
+
+
+@pytest.mark.parametrize("moe", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("variant", ["swiglu", "mlp"])
+def test_flops_of_the_experts_that_a_token_goes_through(moe, variant):
+    choice = {"moe": moe, "ffn.variant": variant, "ffn.bias": True}
+    config = config_of(choice | {"attention.mask_type": "bidirectional"}, d_model=32)
+    tokens = random_tokens(config, 2, 32)
+    model = build(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=GROUPED) as counter:
+        model(tokens, targets=tokens)[1].backward()
+    counted = flops_per_token(config, 32) * tokens.numel()
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("mask_type", ["causal", "bidirectional"])

@@ -21,11 +21,27 @@ OPTIONS: dict[str, list[Any]] = {
     "positional.rope_scaling": [None, 2.0, "ntk", "yarn", "llama3"],
     "ffn.variant": ["swiglu", "geglu", "glu", "mlp"],
     "ffn.bias": [False, True],
-    "norm.type": ["rmsnorm", "layernorm"],
+    "moe": ["none", "softmax", "sigmoid"],
+    "norm.type": ["rmsnorm", "layernorm", "scalenorm"],
     "norm.placement": ["pre", "post", "sandwich"],
     "parallel_layers": [False, True],
     "tie_embeddings": [True, False],
+    "init": ["gpt2", "xavier"],
+    "loss": ["plain", "smoothed"],
 }
+MOE: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "softmax": {"num_experts": 6, "d_ff": 12, "router_z_loss": 0.001, "every_nth_layer": 2},
+    "sigmoid": {
+        "router": "sigmoid",
+        "num_experts": 4,
+        "top_k": 1,
+        "num_shared_experts": 2,
+        "capacity_factor": 1.5,
+        "balance": "bias",
+    },
+}
+LOSS = {"plain": {}, "smoothed": {"z_loss": 0.001, "label_smoothing": 0.1}}
 
 # pairs that the configuration refuses, with its reason
 REFUSED: list[dict[str, list[Any]]] = [
@@ -50,6 +66,9 @@ def config_of(chosen: dict[str, Any], **top: Any) -> ModelConfig:
     for name, value in chosen.items():
         *section, key = name.split(".")
         (sections.setdefault(section[0], {}) if section else sections)[key] = value
+    for name, kinds in (("moe", MOE), ("loss", LOSS)):
+        if isinstance(sections.get(name), str):
+            sections[name] = kinds[sections[name]]
     if chosen.get("attention.mask_type") in ("sliding_window", "local"):
         sections["attention"]["window_size"] = 5
     if chosen.get("attention.mask_type") == "block_sparse":
