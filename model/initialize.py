@@ -6,14 +6,20 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import BaseModelConfig
 from model.weights import Weight, declared_weights
 
 ROWS_PER_BLOCK = 128
 
 
 def initial_rows(
-    name: str, weight: Weight, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int, stop: int
+    name: str,
+    weight: Weight,
+    shape: tuple[int, ...],
+    config: BaseModelConfig,
+    seed: int,
+    start: int,
+    stop: int,
 ) -> Tensor:
     """Rows [start, stop) of the parameter `name` of `shape`, fp32 on the CPU.
 
@@ -38,7 +44,7 @@ def initial_rows(
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
     """Fill a one-device model in place by GPT-2's scheme (Radford et al. 2019).
 
     Normal weights, zero biases, unit norms, projections into the residual stream scaled down by the depth.

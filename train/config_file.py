@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from model.models import MODELS, config_class
 from train.config import Config
 from train.errors import ConfigError
 
@@ -147,7 +148,8 @@ def _explain(error: Any, values: Values) -> str:
     where = f"{source}: " if source and source != "command line" else ""
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}unknown key {key!r}{_suggest_key(location)}"
+            model_type, _ = values.get("model.type", ("transformer", ""))
+            return f"{where}unknown key {key!r}{_suggest_key(location, model_type)}"
         case "missing":
             return f"{key!r} is missing: set it in the configuration or as {key}=VALUE"
         case "value_error":
@@ -156,21 +158,29 @@ def _explain(error: Any, values: Values) -> str:
     return f"{where}{key}={error['input']!r}: {message}"
 
 
-def _suggest_key(location: list[str]) -> str:
+def _suggest_key(location: list[str], model_type: str) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        below = _section(section, part, model_type)
+        if below is None:
             return ""
-        section = annotation
+        section = below
     prefix = "".join(f"{part}." for part in location[:-1])
     close = _suggest(location[-1], section.model_fields, prefix)
     if close:
         return close
-    elsewhere = [key for key in all_keys(Config) if key.split(".")[-1] == location[-1]]
+    elsewhere = [key for key in _all_keys(Config, model_type) if key.split(".")[-1] == location[-1]]
     if elsewhere:
         return f": did you mean {' or '.join(repr(key) for key in elsewhere)}?"
     return f": known here are {', '.join(section.model_fields)}"
+
+
+def _section(parent: type[BaseModel], name: str, model_type: str) -> type[BaseModel] | None:
+    """The class of the section `name` of a section; None where it is a value."""
+    if parent is Config and name == "model" and isinstance(model_type, str) and model_type in MODELS:
+        return config_class(model_type)
+    annotation = parent.model_fields[name].annotation if name in parent.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -178,14 +188,21 @@ def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def all_keys(config: BaseModel, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, in order."""
     keys = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += all_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        keys += all_keys(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [f"{prefix}{name}"]
+    return keys
+
+
+def _all_keys(section: type[BaseModel], model_type: str, prefix: str = "") -> list[str]:
+    """Every dotted key that a tree with this type of model may have."""
+    keys = []
+    for name in section.model_fields:
+        below = _section(section, name, model_type)
+        keys += _all_keys(below, model_type, f"{prefix}{name}.") if below else [f"{prefix}{name}"]
     return keys
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import DatasetInfo, TextInfo, open_dataset
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
-from model.transformer import Transformer
+from model.transformer import Trunk
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.processes import pick_device, process_group
@@ -19,10 +20,11 @@ from train import checkpoint, checkpoint_folder
 from train.config import Config, EvaluationConfig
 from train.config_file import Loaded
 from train.errors import RunError
-from train.evaluate import encode_prompt, validation_loss
+from train.evaluate import validation_loss
 from train.resolve import resolve
 from train.run import make_engine
 from train.run_folder import RunFolder, open_run
+from train.samples import Choice, encode_prompt
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +65,10 @@ def evaluate_run(path: str, sequences: int | None) -> Evaluation:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model in the run's compute dtype, with its tokenizer."""
+    """A trained model in the run's compute dtype, with what makes sense of its tokens."""
 
-    model: Transformer
-    tokenizer: Tokenizer
+    model: Trunk
+    data: DatasetInfo
     config: Config
     device: torch.device
 
@@ -83,37 +85,30 @@ def load_run(path: str) -> LoadedRun:
         model = build_model(config.model)
     if config.precision == "fp64":
         model.double()
+    assert isinstance(model, Trunk)
     model.to_empty(device=device)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     checkpoint.load_tensors(_newest(folder), tensors)
     model.to(COMPUTE_DTYPE[config.precision]).eval()
-    return LoadedRun(model, Tokenizer.load(folder.tokenizer), config, device)
+    return LoadedRun(model, open_dataset(folder.path), config, device)
 
 
-def continuation(
-    run: LoadedRun,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> Iterator[str]:
+def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choice) -> Iterator[str]:
     """The text that goes on from `prompt`, piece by piece, up to the document's end."""
-    ids = encode_prompt(run.tokenizer, prompt).to(run.device)
-    generator = torch.Generator(run.device).manual_seed(seed)
-    decoder = run.tokenizer.incremental_decoder()
+    assert isinstance(run.data, TextInfo)
+    tokenizer = Tokenizer.load(run.data.tokenizer_path)
+    decoder = tokenizer.incremental_decoder()
     try:
         tokens = stream(
             run.model,
-            ids,
+            encode_prompt(tokenizer, prompt).to(run.device),
             max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_token=run.tokenizer.eos_id,
-            generator=generator,
+            temperature=choice.temperature,
+            top_k=choice.top_k,
+            top_p=choice.top_p,
+            stop_token=tokenizer.eos_id,
+            vocab_size=run.data.vocab_size,
+            generator=torch.Generator(run.device).manual_seed(choice.seed),
         )
     except ValueError as error:  # what this model can't generate
         raise RunError(str(error)) from None

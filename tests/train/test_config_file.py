@@ -145,6 +145,7 @@ def test_what_a_run_writes_down_reads_back(write, tmp_path: Path) -> None:
 def test_all_keys_are_documented() -> None:
     from pydantic import BaseModel
 
+    from model.models import MODELS, config_class
     from train.config import Config
 
     def undocumented(section: type[BaseModel]) -> list[str]:
@@ -157,4 +158,7 @@ def test_all_keys_are_documented() -> None:
         return missing
 
     assert undocumented(Config) == []
-    assert "model.attention.num_heads" in all_keys(Config)
+    for model_type in MODELS:
+        assert undocumented(config_class(model_type)) == []
+        config = load_config("tiny", ["run.steps=5", "data.path=x", f"model.type={model_type}"]).config
+        assert "model.attention.num_heads" in all_keys(config)

@@ -23,7 +23,7 @@ def show(
     loaded = load_config(config, overrides or [])
     tree = loaded.config.model_dump(mode="json")
     rows = []
-    for key in all_keys(type(loaded.config)):
+    for key in all_keys(loaded.config):
         value = tree
         for part in key.split("."):
             value = value[part]
