@@ -12,6 +12,9 @@ class FlowMatchingConfig(ModelConfig):
 
     type: Literal["flow_matching"] = "flow_matching"
     """Which model; see `model.models`."""
+    path: Literal["linear", "mixture"] = "linear"
+    """Between noise and data at time t: both, weighted 1 - t and t; or at each place one of them, the data with
+    probability t. A linear path shows each place its own answer, so that little is learned of the others."""
     time_embed_dim: PositiveInt = 256
     """Sines and cosines of the time that go into its embedding; even."""
 

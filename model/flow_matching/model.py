@@ -1,6 +1,7 @@
 """Flow matching (Lipman et al. 2023) on one-hot tokens. B batch, T sequence, D d_model, V vocabulary.
 
-Noise x0 and data x1 being one-hot, what is seen at time t in [0, 1] is xt = (1 - t) x0 + t x1; the model says
+Noise x0 and data x1 being one-hot, what is seen at time t in [0, 1] is xt = (1 - t) x0 + t x1, or, on the mixture
+path (Gat et al. 2024), at each place x1 with probability t, else x0, which is the same on average. The model says
 which data it takes this for.
 """
 
@@ -38,13 +39,18 @@ class FlowMatching(Trunk):
     def loss_sum(self, seeds: Tensor, targets: Tensor) -> Tensor:
         """Sum over scored tokens of -log of what the model gives the data at a random time, ().
 
-        seeds (B,) int64 fix time and noise of each sequence; targets (B, T) are the data, and noise alone
-        stands where they are IGNORE_INDEX. Embedding is linear, so that the tokens' embeddings are
-        interpolated, and nothing of size (B, T, V) is made.
+        seeds (B,) int64 fix the draws of each sequence; targets (B, T) are the data, and noise alone stands
+        where they are IGNORE_INDEX. Embedding is linear, so that the tokens' embeddings are interpolated, and
+        nothing of size (B, T, V) is made.
         """
         t, noise = self.draw(seeds, targets.shape[1])
-        start, end = self.embed(noise), self.embed(targets.where(targets != IGNORE_INDEX, noise))
-        between = torch.lerp(start, end, t.to(start.dtype)[:, None, None])
+        data = targets.where(targets != IGNORE_INDEX, noise)
+        if self.config.path == "mixture":
+            arrived = uniform(seeds, targets.shape[1], stream=2) < t.unsqueeze(1)
+            between = self.embed(data.where(arrived, noise))
+        else:
+            start = self.embed(noise)
+            between = torch.lerp(start, self.embed(data), t.to(start.dtype)[:, None, None])
         return self._loss_sum(self._hidden(between, prefix=self.time(t)), targets)
 
     def draw(self, seeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
