@@ -5,14 +5,16 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import ATTENTION
+from model.attention_variants import ATTENTION
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.cost import Cost
 from model.feedforward import FEEDFORWARD
-from model.masks import Mask
+from model.kernels import Mask
+from model.moe import MoE
 from model.norms import NORMS
-from model.positions import Rotation
+from model.rope import Rotation
+from model.router import Routing
 
 
 class Block(nn.Module):
@@ -25,7 +27,7 @@ class Block(nn.Module):
     With parallel_layers there is one such step, f being the sum of both on the same input.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, moe: bool = False) -> None:
         super().__init__()
         norm = NORMS[config.norm.type]
         self.placement = config.norm.placement
@@ -35,25 +37,35 @@ class Block(nn.Module):
         self.attention = ATTENTION[config.attention.variant](config)
         self.attention_output_norm = norm(config) if self.placement == "sandwich" else None
         self.feedforward_norm = None if self.parallel else norm(config)
-        self.feedforward = FEEDFORWARD[config.ffn.variant](config)
+        self.feedforward = MoE(config) if moe else FEEDFORWARD[config.ffn.variant](config)
         has_output_norm = self.placement == "sandwich" and not self.parallel
         self.feedforward_output_norm = norm(config) if has_output_norm else None
 
     def forward(
         self, x: Tensor, mask: Mask, rotation: Rotation | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """x (B, T, D) -> (B, T, D); with experts also how the tokens were routed."""
+        routing: Routing | None = None
 
         def attention(h: Tensor) -> Tensor:
             return self.attention(h, mask, rotation, cache)
 
+        def feedforward(h: Tensor) -> Tensor:
+            nonlocal routing
+            if not isinstance(self.feedforward, MoE):
+                return self.feedforward(h)
+            h, routing = self.feedforward(h)
+            return h
+
         def both(h: Tensor) -> Tensor:
-            return attention(h) + self.feedforward(h)
+            return attention(h) + feedforward(h)
 
         if self.feedforward_norm is None:
-            return self._residual(x, both, self.attention_norm, self.attention_output_norm)
-        x = self._residual(x, attention, self.attention_norm, self.attention_output_norm)
-        return self._residual(x, self.feedforward, self.feedforward_norm, self.feedforward_output_norm)
+            x = self._residual(x, both, self.attention_norm, self.attention_output_norm)
+        else:
+            x = self._residual(x, attention, self.attention_norm, self.attention_output_norm)
+            x = self._residual(x, feedforward, self.feedforward_norm, self.feedforward_output_norm)
+        return x if routing is None else (x, routing)
 
     def _residual(
         self, x: Tensor, layer: Callable[[Tensor], Tensor], norm: nn.Module, output_norm: nn.Module | None
@@ -66,11 +78,11 @@ class Block(nn.Module):
         return x + F.dropout(change, self.dropout, self.training)
 
     @staticmethod
-    def cost(config: ModelConfig, seq_len: int) -> Cost:
+    def cost(config: ModelConfig, seq_len: int, moe: bool = False) -> Cost:
         steps = 1 if config.parallel_layers else 2
         norms = steps * (2 if config.norm.placement == "sandwich" else 1)
         return (
             NORMS[config.norm.type].cost(config) * norms
             + ATTENTION[config.attention.variant].cost(config, seq_len)
-            + FEEDFORWARD[config.ffn.variant].cost(config)
+            + (MoE.cost(config) if moe else FEEDFORWARD[config.ffn.variant].cost(config))
         )

@@ -5,19 +5,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters; of which look-up tables (embedding); forward FLOPs for one token (2 per multiply-add)."""
+    """parameters; of which look-up tables (embedding), and those that one token passes by (idle), as experts
+    that it is not routed to; forward FLOPs for one token (2 per multiply-add)."""
 
     parameters: int = 0
     embedding: int = 0
+    idle: int = 0
     flops: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
-            self.parameters + other.parameters, self.embedding + other.embedding, self.flops + other.flops
+            self.parameters + other.parameters,
+            self.embedding + other.embedding,
+            self.idle + other.idle,
+            self.flops + other.flops,
         )
 
     def __mul__(self, times: int) -> "Cost":
-        return Cost(self.parameters * times, self.embedding * times, self.flops * times)
+        return Cost(self.parameters * times, self.embedding * times, self.idle * times, self.flops * times)
 
 
 def linear_cost(d_in: int, d_out: int, bias: bool = False) -> Cost:

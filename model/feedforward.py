@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class _Gated(torch.autograd.Function):
+class Gated(torch.autograd.Function):
     """gate_function(gate) * up, (..., F) each. The function's value is made again in the backward, not kept."""
 
     @staticmethod
@@ -79,7 +79,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        hidden = _Gated.apply(self.gate(x), self.up(x), self.variant)
+        hidden = Gated.apply(self.gate(x), self.up(x), self.variant)
         return self.down(F.dropout(hidden, self.dropout, self.training))
 
     def weights(self) -> dict[str, Weight]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import BaseModelConfig
-from model.weights import Weight, declared_weights
+from model.weights import Init, Weight, declared_weights
 
 ROWS_PER_BLOCK = 128
 
@@ -24,34 +24,52 @@ def initial_rows(
     """Rows [start, stop) of the parameter `name` of `shape`, fp32 on the CPU.
 
     Random rows come in blocks of 128, each from a generator of its own, always filled whole: any cut
-    of the rows is bit-equal to the same cut of all of them.
+    of the rows is bit-equal to the same cut of all of them. A row of a 3-D parameter is an expert's whole
+    matrix, (out, in), and makes a block by itself.
     """
     rest = shape[1:]
     if weight.init in ("zeros", "ones"):
         return torch.full((stop - start, *rest), float(weight.init == "ones"), device="cpu")
-    std = config.init_std
-    if weight.init == "residual" and config.residual_scaled_init:
-        std /= math.sqrt(2 * config.num_layers)
+    size = 1 if len(shape) == 3 else ROWS_PER_BLOCK
     rows = torch.empty(stop - start, *rest, device="cpu")
-    for block in range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK)):
+    for block in range(start // size, -(-stop // size)):
         digest = blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
-        values = torch.empty(ROWS_PER_BLOCK, *rest, device="cpu").normal_(0.0, std, generator=generator)
-        first = block * ROWS_PER_BLOCK
-        low, high = max(start, first), min(stop, first + ROWS_PER_BLOCK)
+        values = torch.empty(size, *rest, device="cpu")
+        _fill(values, weight.init, shape, config, generator)
+        first = block * size
+        low, high = max(start, first), min(stop, first + size)
         rows[low - start : high - start] = values[low - first : high - first]
     return rows
 
 
+def _fill(
+    values: Tensor, init: Init, shape: tuple[int, ...], config: BaseModelConfig, generator: torch.Generator
+) -> None:
+    """Draw some rows of a random parameter of `shape`.
+
+    gpt2 is normal (Radford et al. 2019). xavier is uniform for linear weights, with the variance
+    2 / (in + out) (Glorot and Bengio 2010). With either, projections into the residual stream may be scaled
+    down by the depth.
+    """
+    shrink = 1.0
+    if init == "residual" and config.residual_scaled_init:
+        shrink = math.sqrt(2 * config.num_layers)
+    if config.init == "xavier" and init != "embedding" and len(shape) > 1:
+        bound = math.sqrt(6 / (shape[-1] + shape[-2])) / shrink
+        values.uniform_(-bound, bound, generator=generator)
+    else:
+        values.normal_(0.0, config.init_std / shrink, generator=generator)
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
-    """Fill a one-device model in place by GPT-2's scheme (Radford et al. 2019).
-
-    Normal weights, zero biases, unit norms, projections into the residual stream scaled down by the depth.
-    """
+    """Fill a one-device model in place: weights by the scheme of config.init, biases and buffers zero, norms one."""
     weights = declared_weights(model)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         for start in range(0, shape[0], ROWS_PER_BLOCK):
             stop = min(start + ROWS_PER_BLOCK, shape[0])
             parameter[start:stop] = initial_rows(name, weights[name], shape, config, seed, start, stop)
+    for buffer in model.buffers():
+        buffer.zero_()

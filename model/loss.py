@@ -8,7 +8,10 @@ scales these.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from model.config import LossConfig
 
 IGNORE_INDEX = -100
 """The target of a token that is not scored."""
@@ -21,18 +24,38 @@ VOCABULARY_SLICE = 8192
 """Rows of the weight's gradient that are added to at a time where it is wider than the logits."""
 
 
-def token_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over scored tokens of -log softmax(hidden @ weight.T)[target].
+CROSS_ENTROPY = LossConfig()
+"""Neither z-loss nor label smoothing."""
+
+
+def mean_loss(logits: Tensor, targets: Tensor, config: LossConfig = CROSS_ENTROPY) -> Tensor:
+    """The mean over scored tokens of what `token_loss_sum` sums, from logits (N, V), in fp32 (fp64 for fp64)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, label_smoothing=config.label_smoothing)
+    if config.z_loss:
+        loss = loss + config.z_loss * logits[targets != IGNORE_INDEX].logsumexp(dim=1).square().mean()
+    return loss
+
+
+def token_loss_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, config: LossConfig = CROSS_ENTROPY
+) -> Tensor:
+    """Sum over scored tokens of -log softmax(logits)[target], logits being hidden @ weight.T.
+
+    With label smoothing e (Szegedy et al. 2016) the target's share is 1 - e, and every word's e / V more.
+    With z-loss z (PaLM, Chowdhery et al. 2022) z * logsumexp(logits) ** 2 comes on top.
 
     hidden (N, D), weight (V, D), targets (N,) int64, IGNORE_INDEX where not scored -> scalar, in fp32 (fp64
     for fp64). Softmax, sum and the weight's gradient are computed in that dtype. No second derivative.
     """
-    return _TokenLossSum.apply(hidden, weight, targets, torch.is_grad_enabled())
+    return _TokenLossSum.apply(hidden, weight, targets, config, torch.is_grad_enabled())
 
 
 class _TokenLossSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, config: LossConfig, training: bool
+    ) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
@@ -50,10 +73,9 @@ class _TokenLossSum(torch.autograd.Function):
             torch.mm(part, weight.t(), out=slope)
             if narrow:
                 logits.copy_(slope)
-            total += _softmax_(logits, target, scored)
+            total += _losses_and_slopes_(logits, target, scored, config)
             if hidden_grad is None and weight_grad is None:
                 continue
-            logits.scatter_add_(1, target, -scored.to(wide))
             if narrow:
                 slope.copy_(logits)
             if hidden_grad is not None:
@@ -65,7 +87,7 @@ class _TokenLossSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         # a second V x D matrix is worth avoiding, unless the graph is kept for another backward
         scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
@@ -73,16 +95,29 @@ class _TokenLossSum(torch.autograd.Function):
             hidden_grad = scale(hidden_grad, grad)
         if weight_grad is not None:
             weight_grad = scale(weight_grad, grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None
 
 
-def _softmax_(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor:
-    """Logits (n, V) become probabilities in place, zeros in rows not scored; returns the sum of losses."""
+def _losses_and_slopes_(logits: Tensor, target: Tensor, scored: Tensor, config: LossConfig) -> Tensor:
+    """Logits (n, V) become the loss's gradient in place, zeros in rows not scored; returns the sum of losses."""
+    smoothing, z_loss = config.label_smoothing, config.z_loss
+    expected = logits.gather(1, target) * (1 - smoothing)
+    if smoothing:
+        expected += smoothing * logits.mean(dim=1, keepdim=True)
     peak = logits.amax(dim=1, keepdim=True)
-    at_target = logits.gather(1, target)
     mass = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
-    logits.mul_(scored / mass)
-    return (mass.log() + peak - at_target).masked_fill(~scored, 0.0).sum()
+    normalizer = mass.log() + peak
+    losses = normalizer - expected
+    growth = scored / mass
+    if z_loss:
+        losses += z_loss * normalizer.square()
+        growth *= 1 + 2 * z_loss * normalizer
+    logits.mul_(growth)
+    share = scored.to(logits.dtype)
+    if smoothing:
+        logits.sub_(share * (smoothing / logits.shape[1]))
+    logits.scatter_add_(1, target, share * (smoothing - 1))
+    return losses.masked_fill(~scored, 0.0).sum()
 
 
 def _add_product_(total: Tensor, slope: Tensor, hidden: Tensor) -> None:

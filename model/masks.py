@@ -1,41 +1,188 @@
-"""Which keys a query sees. T queries, S keys; the queries are the last T of the S positions."""
+"""Which keys a query sees. B batch, T queries, S keys.
 
-from typing import NamedTuple
+Every mask is one predicate over the places of a query and a key; what each kernel gets is made from it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from model.config import AttentionConfig
+from model.attention_config import AttentionConfig
+from model.kernels import Allowed, Bias, Mask, choose_kernel, flex_block_mask, flex_score_mod
+from model.section import known
+
+Predicate = Callable[[Any, Any], Any]
+"""(query's place, key's place), integers or tensors of them that broadcast -> whether the query sees the key."""
 
 
-class Mask(NamedTuple):
-    """What the attention kernel is told. allowed: (T, S) bool, True where seen; None: not needed."""
-
-    is_causal: bool
-    allowed: torch.Tensor | None
+def _causal(query: Any, key: Any) -> Any:
+    return key <= query
 
 
-def make_mask(config: AttentionConfig, queries: int, keys: int, device: torch.device) -> Mask:
-    """The mask of one forward.
+def _everything(query: Any, key: Any) -> Any:
+    return (key >= 0) & (query >= 0)
 
-    A (T, S) tensor is made only where the kernel's own flag does not do. A single query sees all keys; what
-    its window leaves out is cut off before.
+
+def _sliding_window(window: int) -> Predicate:
+    return lambda query, key: (key <= query) & (query - key < window)
+
+
+def _local(block: int) -> Predicate:
+    return lambda query, key: (key <= query) & (query // block - key // block <= 1)
+
+
+def _strided(stride: int) -> Predicate:
+    """Both of the strided heads of Child et al. 2019 in one."""
+    return lambda query, key: (key <= query) & ((query - key < stride) | ((query - key) % stride == 0))
+
+
+def _fixed(block: int, summary: int) -> Predicate:
+    """Both of the fixed heads of Child et al. 2019 in one."""
+    return lambda query, key: (
+        (key <= query) & ((query // block == key // block) | (key % block >= block - summary))
+    )
+
+
+def predicate(config: AttentionConfig) -> Predicate:
+    """The definition of the configured mask."""
+    if config.mask_type == "sliding_window":
+        return _sliding_window(known(config.window_size))
+    if config.mask_type == "local":
+        return _local(known(config.window_size))
+    if config.mask_type == "block_sparse":
+        if config.pattern == "strided":
+            return _strided(known(config.block_size))
+        return _fixed(known(config.block_size), known(config.summary_size))
+    return _causal if config.mask_type == "causal" else _everything
+
+
+def reach(config: AttentionConfig) -> int | None:
+    """Keys from which on no query sees any further back, the query itself included; None: no such bound."""
+    if config.mask_type == "sliding_window":
+        return config.window_size
+    return 2 * known(config.window_size) if config.mask_type == "local" else None
+
+
+def allowed_pairs(config: AttentionConfig, documents: Tensor | None, padding: Tensor | None) -> Allowed:
+    """The configured mask, within documents (B, S) and without padding (B, S) where these are given."""
+    seen = predicate(config)
+
+    def allowed(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        pairs = seen(query, key)
+        if documents is not None:
+            pairs = pairs & (documents[row, query] == documents[row, key])
+        return pairs if padding is None else pairs & ~padding[row, key]
+
+    return allowed
+
+
+def make_mask(
+    config: AttentionConfig,
+    queries: range,
+    keys: range,
+    x: Tensor,
+    *,
+    bias: Bias | None = None,
+    heads: range | None = None,
+    documents: Tensor | None = None,
+    padding: Tensor | None = None,
+    cached: bool = False,
+) -> Mask:
+    """The mask of one forward, for activations x (B, T, D) and queries and keys at these places.
+
+    bias: added to the scores of `heads`. documents: (B, S) int64; pairs within one document are seen.
+    padding: (B, S) bool, by place; True is seen by none. A (T, S) tensor is made only where the kernel's own
+    flag does not do.
+    Raises ValueError where the kernel asked for can't do it.
     """
-    if config.mask_type == "bidirectional" or queries == 1:
-        return Mask(is_causal=False, allowed=None)
-    window = config.window_size
-    if queries == keys and (window is None or window >= keys):
-        return Mask(is_causal=True, allowed=None)
-    places = torch.arange(keys, device=device)
-    distance = places[-queries:].unsqueeze(1) - places
-    allowed = distance >= 0
-    if window is not None:
-        allowed &= distance < window
-    return Mask(is_causal=False, allowed=allowed)
+    if config.variant == "linear":
+        return Mask(documents=documents, padding=padding)
+    plain = bias is None and documents is None and padding is None
+    is_causal = plain and queries == keys and _is_causal(config, len(keys))
+    sees_all = plain and (config.mask_type == "bidirectional" or _sees_all(config, queries, keys))
+    flagged = is_causal or sees_all
+    kernel = choose_kernel(config, x, needs_tensor=not flagged, cached=cached)
+    if kernel == "flex":
+        assert queries == keys
+        if documents is None and padding is None:
+            block_mask = None if sees_all else _fixed_block_mask(config, len(keys), x.device)
+        else:
+            allowed = allowed_pairs(config, documents, padding)
+            block_mask = flex_block_mask(allowed, len(x), len(keys), x.device)
+        score_mod = flex_score_mod(bias, config.logit_soft_cap)
+        return Mask("flex", block_mask=block_mask, score_mod=score_mod)
+    if flagged:
+        return Mask(kernel, is_causal=is_causal and not sees_all)
+    seen = _dense(allowed_pairs(config, documents, padding), queries, keys, x, documents, padding)
+    if bias is None:
+        return Mask(kernel, tensor=seen)
+    assert heads is not None
+    return Mask(kernel, tensor=_dense_bias(bias, heads, queries, keys, x).masked_fill(~seen, -torch.inf))
 
 
+def _is_causal(config: AttentionConfig, length: int) -> bool:
+    bound = reach(config)
+    return config.mask_type == "causal" or (bound is not None and bound >= length)
+
+
+def _sees_all(config: AttentionConfig, queries: range, keys: range) -> bool:
+    """One query at the end, that sees an unbroken run of keys, and so all if it sees the first."""
+    if len(queries) > 1 or config.mask_type == "block_sparse":
+        return False
+    return bool(predicate(config)(queries[0], keys[0]))
+
+
+@functools.lru_cache(maxsize=8)
+def _fixed_block_mask(config: AttentionConfig, length: int, device: torch.device) -> BlockMask:
+    return flex_block_mask(allowed_pairs(config, None, None), None, length, device)
+
+
+def _dense(
+    allowed: Allowed,
+    queries: range,
+    keys: range,
+    x: Tensor,
+    documents: Tensor | None,
+    padding: Tensor | None,
+) -> Tensor:
+    """(T, S) bool, or (B, 1, T, S) where the rows of the batch differ."""
+    query = torch.arange(queries.start, queries.stop, device=x.device).unsqueeze(1)
+    key = torch.arange(keys.start, keys.stop, device=x.device)
+    if documents is None and padding is None:
+        return allowed(query, query, key)
+    row = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return allowed(row, query, key).unsqueeze(1)
+
+
+def _dense_bias(bias: Bias, heads: range, queries: range, keys: range, x: Tensor) -> Tensor:
+    """(1, H, T, S) in the dtype of x: one value for each distance, repeated along the diagonals."""
+    head = torch.arange(heads.start, heads.stop, device=x.device).unsqueeze(1)
+    distance = torch.arange(keys.start - queries.stop + 1, keys.stop - queries.start, device=x.device)
+    diagonals = bias(head, distance).to(x.dtype)
+    # the window that starts at s belongs to the query T - 1 - s
+    return diagonals.unfold(1, len(keys), 1).flip(1).unsqueeze(0)
+
+
+@functools.lru_cache(maxsize=64)
 def mean_visible_keys(config: AttentionConfig, seq_len: int) -> float:
     """Keys that a query sees on average over a sequence; causal counted as half."""
     if config.mask_type == "bidirectional":
         return float(seq_len)
-    window = min(config.window_size or seq_len, seq_len)
-    return window - window * window / (2 * seq_len)
+    if config.mask_type in ("causal", "sliding_window"):
+        window = min(config.window_size or seq_len, seq_len)
+        return window - window * window / (2 * seq_len)
+    size = known(config.window_size if config.mask_type == "local" else config.block_size)
+    total = 0
+    for place in range(seq_len):
+        blocks = place // size
+        if config.mask_type == "local":
+            total += place % size + 1 + min(blocks, 1) * size
+        elif config.pattern == "strided":
+            total += min(place + 1, size) + blocks
+        else:
+            total += place % size + 1 + blocks * known(config.summary_size)
+    return total / seq_len

@@ -1,6 +1,8 @@
 """Normalizations over the last dim."""
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.cost import Cost
@@ -35,4 +37,30 @@ class LayerNorm(nn.LayerNorm):
         return Cost(parameters=2 * config.d_model)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+class ScaleNorm(nn.Module):
+    """g * x / |x| with one learned g (Nguyen and Salazar 2019), g being sqrt(D) * weight, sqrt(D) at first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm.eps
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+    def weights(self) -> dict[str, Weight]:
+        return {"weight": Weight("replicated", "ones")}
+
+    @staticmethod
+    def cost(config: ModelConfig) -> Cost:
+        return Cost(parameters=1)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps:g}"
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm] | type[ScaleNorm]] = {
+    "rmsnorm": RMSNorm,
+    "layernorm": LayerNorm,
+    "scalenorm": ScaleNorm,
+}

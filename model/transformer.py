@@ -1,19 +1,33 @@
 """The decoder, and what all transformers share. B batch, T sequence, D d_model, V vocabulary."""
 
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.block import Block
 from model.cache import KeyValueCache
-from model.config import ModelConfig, known
+from model.config import LossConfig, ModelConfig, MoEConfig, known
 from model.cost import Cost, linear_cost
-from model.loss import IGNORE_INDEX, token_loss_sum
+from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss, token_loss_sum
 from model.masks import make_mask
 from model.model import Model
+from model.moe import MoE, add_gradient_of, auxiliary_sum
 from model.norms import NORMS
-from model.positions import POSITIONS
+from model.positions import POSITIONS, places_in_documents
+from model.router import Routing
 from model.weights import Weight
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Hidden(NamedTuple):
+    """What the head takes, (B, T, D), and the routing of each layer with experts."""
+
+    states: Tensor
+    routings: list[Routing]
 
 
 class Trunk(Model):
@@ -32,7 +46,9 @@ class Trunk(Model):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = POSITIONS[config.positional.encoding](config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, moe=layer in config.moe_layers) for layer in range(config.num_layers)
+        )
         self.norm = None if config.norm.placement == "post" else NORMS[config.norm.type](config)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -42,46 +58,98 @@ class Trunk(Model):
         """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
         return tokens @ self.embedding.weight if tokens.is_floating_point() else self.embedding(tokens)
 
-    def _hidden(
-        self, embeddings: Tensor, cache: KeyValueCache | None = None, *, prefix: Tensor | None = None
-    ) -> Tensor:
-        """Embeddings (B, T, D) -> (B, T, D), ready for the head.
+    def _run(
+        self,
+        embeddings: Tensor,
+        cache: KeyValueCache | None = None,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+    ) -> Hidden:
+        """Embeddings (B, T, D) -> what the head takes, (B, T, D), and the routing of each layer with experts.
 
-        prefix (B, P, D): what is put before the first token, at no position, and left out again at the end.
+        prefix (B, P, D): what is put before the first token, without a position of its own in the embeddings,
+        and left out again at the end.
         """
-        offset = 0 if cache is None else cache.length
-        x = self.positions.embed(embeddings, offset)
+        routings: list[Routing] = []
+        offset, length = 0 if cache is None else cache.length, embeddings.shape[1]
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids can't go with a cache, which holds one document in each row")
+            padding = cache.add_padding(padding, embeddings[..., 0])
+        places = places_in_documents(length, offset, document_ids, padding)
+        x = self.positions.embed(embeddings, offset, places)
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
+        queries = range(offset, offset + x.shape[1])
         x = F.dropout(x, self.config.dropout, self.training)
         rotation = self.positions.rotation(x, offset)
-        mask = make_mask(self.config.attention, x.shape[1], offset + x.shape[1], x.device)
+        mask = make_mask(
+            self.config.attention,
+            queries,
+            queries if cache is None else cache.keys(length),
+            x,
+            bias=self.positions.bias(x),
+            heads=self.positions.heads,
+            documents=document_ids,
+            padding=padding,
+            cached=cache is not None,
+        )
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotation, None if cache is None else cache.layers[index])
+            if isinstance(x, tuple):
+                x, routing = x
+                routings.append(routing)
+                if self.training and torch.is_grad_enabled():
+                    cast(MoE, block.feedforward).record(routing)
         x = x if prefix is None else x[:, prefix.shape[1] :]
-        return x if self.norm is None else self.norm(x)
+        return Hidden(x if self.norm is None else self.norm(x), routings)
 
     def _logits(
-        self, hidden: Tensor, targets: Tensor | None, last_only: bool = False
+        self,
+        hidden: Hidden,
+        targets: Tensor | None,
+        *,
+        loss_func: LossFunction | None = None,
+        last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, T, D) -> logits (B, T, V), or (B, 1, V); with targets (B, T) also the mean loss, fp32 or fp64."""
-        logits = F.linear(hidden[:, -1:] if last_only else hidden, self._head_weight())
+        """Logits (B, T, V), or (B, 1, V) with last_only; with targets (B, T) also the mean loss.
+
+        loss_func(logits (B * T, V), targets (B * T, ...)) may say what the loss is, of targets of other kinds too.
+        """
+        states, routings = hidden
+        logits = F.linear(states[:, -1:] if last_only else states, self._head_weight())
         if targets is None:
             return logits
-        flat = logits.flatten(0, 1)
-        if flat.dtype.itemsize < 4:
-            flat = flat.float()
-        return logits, F.cross_entropy(flat, targets.flatten(0, 1), ignore_index=IGNORE_INDEX)
+        if loss_func is None:
+            loss = mean_loss(logits.flatten(0, 1), targets.flatten(), self._loss_config())
+        else:
+            loss = loss_func(logits.flatten(0, 1), targets.flatten(0, 1))
+        if routings:
+            tokens = targets if targets.dim() == 2 else targets[..., 0]
+            scored = (tokens != IGNORE_INDEX).sum(dim=1)
+            loss = add_gradient_of(loss, auxiliary_sum(routings, scored) / scored.sum())
+        return logits, loss
 
-    def _loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the token losses of (B, T, D) over targets (B, T)."""
-        return token_loss_sum(hidden.flatten(0, 1), self._head_weight(), targets.flatten())
+    def _loss_sum(self, hidden: Hidden, targets: Tensor) -> Tensor:
+        """The sum of the losses over targets (B, T), without the logits of all tokens at once."""
+        states, routings = hidden
+        loss = token_loss_sum(
+            states.flatten(0, 1), self._head_weight(), targets.flatten(), self._loss_config()
+        )
+        if not routings:
+            return loss
+        return add_gradient_of(loss, auxiliary_sum(routings, (targets != IGNORE_INDEX).sum(dim=1)))
+
+    def _loss_config(self) -> LossConfig:
+        return self.config.loss if self.training else CROSS_ENTROPY
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
     def weights(self) -> dict[str, Weight]:
-        weights = {"embedding.weight": Weight("vocabulary", "normal")}
+        weights = {"embedding.weight": Weight("vocabulary", "embedding")}
         if self.head is not None:
             weights["head.weight"] = Weight("vocabulary", "normal")
         return weights
@@ -96,9 +164,12 @@ class Trunk(Model):
             f"{config.norm.type} {config.norm.placement}" + (" parallel" if config.parallel_layers else ""),
             "tied" if config.tie_embeddings else "untied",
         ]
-        total, rest = _in_words(cost.parameters), _in_words(cost.parameters - cost.embedding)
-        settings = ", ".join(parts)
-        return f"{type(self).__name__}({total} parameters, {rest} non-embedding; {settings})\n{super().__repr__()}"
+        counts = f"{_in_words(cost.parameters)} parameters, "
+        if config.moe is not None:
+            counts += f"{_in_words(cost.parameters - cost.idle)} active, "
+            parts.insert(3, _describe(config.moe, len(config.moe_layers), config.num_layers))
+        counts += f"{_in_words(cost.parameters - cost.embedding)} non-embedding"
+        return f"{type(self).__name__}({counts}; {', '.join(parts)})\n{super().__repr__()}"
 
 
 class Transformer(Trunk):
@@ -109,24 +180,41 @@ class Transformer(Trunk):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        loss_func: LossFunction | None = None,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (B, T) int64 -> logits (B, T, V), or (B, 1, V) with last_only, in the weights' dtype.
 
         For tokens also distributions over the vocabulary, (B, T, V).
-        With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX.
+        With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX, or what
+        loss_func(logits (B * T, V), targets (B * T,)) returns, such as F.cross_entropy.
+        document_ids (B, T) int64: tokens see their own document, a run of one id, and positions restart in it.
+        padding (B, T) bool: tokens that no token sees, True where padded; positions count the others.
         With a cache: tokens go on from those that the cache holds.
-        Raises ValueError past the learned positions.
+        Raises ValueError past the learned positions, for document_ids with a cache, and where the attention
+        kernel asked for can't do it.
         """
-        return self._logits(self._hidden(self.embed(tokens), cache), targets, last_only)
+        hidden = self._run(self.embed(tokens), cache, document_ids, padding)
+        return self._logits(hidden, targets, loss_func=loss_func, last_only=last_only)
 
-    def loss_sum(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss_sum(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """Sum of the token losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T).
 
-        A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's.
+        A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. In training,
+        z-loss and label smoothing of config.loss are in it; of the experts' auxiliary losses only the
+        gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
         """
-        return self._loss_sum(self._hidden(self.embed(tokens)), targets)
+        return self._loss_sum(self._run(self.embed(tokens), None, document_ids, padding), targets)
 
     @staticmethod
     def cost(config: ModelConfig, seq_len: int) -> Cost:
@@ -138,9 +226,18 @@ def trunk_cost(config: ModelConfig, seq_len: int) -> Cost:
     table = known(config.vocab_size) * config.d_model
     head = linear_cost(config.d_model, known(config.vocab_size))
     cost = Cost(parameters=table, embedding=table) + POSITIONS[config.positional.encoding].cost(config)
-    cost += Block.cost(config, seq_len) * config.num_layers
+    with_experts = len(config.moe_layers)
+    cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
+    if with_experts:
+        cost += Block.cost(config, seq_len, moe=True) * with_experts
     cost += Cost(flops=head.flops) if config.tie_embeddings else head
     return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
+
+
+def _describe(moe: MoEConfig, layers: int, num_layers: int) -> str:
+    shared = f" + {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+    where = "" if layers == num_layers else f" in {layers} of {num_layers} layers"
+    return f"top {moe.top_k} of {moe.num_experts} experts{shared} d_ff {moe.d_ff}{where}"
 
 
 def _in_words(count: int) -> str:

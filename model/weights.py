@@ -8,8 +8,19 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-Sharding = Literal["replicated", "column", "row", "heads", "kv_heads", "heads_in", "vocabulary"]
-Init = Literal["normal", "residual", "zeros", "ones"]
+Sharding = Literal[
+    "replicated",
+    "column",
+    "row",
+    "heads",
+    "kv_heads",
+    "heads_in",
+    "per_head",
+    "every_head",
+    "vocabulary",
+    "experts",
+]
+Init = Literal["normal", "residual", "embedding", "zeros", "ones"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +29,11 @@ class Weight:
 
     sharding: which dim may be cut. column: the output features (dim 0). row: the input features (dim 1).
     heads: dim 0, H * E, by head. kv_heads: dim 0, K * E, by head. heads_in: dim 1, H * E, by head.
-    vocabulary: dim 0, V. replicated: none.
-    init: residual is normal, smaller by sqrt(2 * num_layers) where the config asks for that.
+    per_head: dim 0, H, a row for each head. vocabulary: dim 0, V. experts: dim 0, X, by expert. replicated:
+    none. every_head: none, but each head uses it alone, so that ranks with different heads have different parts
+    of its gradient, to be summed.
+    init: normal and residual are linear weights, residual those of projections into the residual stream;
+    embedding is a look-up table.
     """
 
     sharding: Sharding

@@ -8,7 +8,7 @@ from model.config import BaseModelConfig
 from parallel.activation_checkpoint import checkpoint_activations
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.fsdp import ShardedModel, master_dtype, shard
-from parallel.initialize import initialize_shards
+from parallel.initialize import initialize_shards, place_buffers
 
 
 def lay_out(
@@ -35,5 +35,6 @@ def lay_out(
             block.compile()
     sharded = shard(model, mesh, parallel, precision)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
+    place_buffers(model, torch.device(mesh.device_type))
     initialize_shards(model, model_config, seed)
     return sharded

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from model.config import BaseModelConfig
 from model.loss import IGNORE_INDEX
+from model.moe import ExpertStatistics, expert_statistics, take_expert_counts, update_balance
 from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.gradients import global_norm, local, scale
@@ -70,6 +71,7 @@ class TorchEngine:
         # where gradients are: with offload, on the host
         gradient_device = torch.device("cpu") if parallel.cpu_offload else device
         self.loss_scale = LossScale(gradient_device, enabled=precision == "fp16")
+        self._expert_counts: Tensor | None = None
 
     def forward_backward(self, batch: Batch, step: int) -> Tensor:
         """Accumulate the gradient of the mean loss over all targets of the global batch.
@@ -115,7 +117,20 @@ class TorchEngine:
         self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._balance_experts(1 - overflow)
         return norm
+
+    def _balance_experts(self, applied: Tensor) -> None:
+        """Even the load by the counts of the whole step, over all micro-batches and ranks."""
+        counts = take_expert_counts(self.model)
+        if counts is not None:
+            dist.all_reduce(counts)
+            update_balance(self.model, counts, applied.to(counts.device))
+        self._expert_counts = counts
+
+    def expert_statistics(self) -> ExpertStatistics | None:
+        """The experts' load in the last step, on the device, equal on all ranks; None without experts."""
+        return None if self._expert_counts is None else expert_statistics(self._expert_counts)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -131,9 +146,9 @@ class TorchEngine:
         return (sums[0] / sums[1]).item()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by name, to be saved, or to be loaded into in place."""
+        """The model's parameters and persistent buffers by name, to be saved, or to be loaded into in place."""
         self._reshard()
-        return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the training state by name: weights, optimizer, loss scale."""

@@ -10,11 +10,19 @@ from model.initialize import initial_rows
 from model.weights import declared_weights
 
 
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put buffers where the model computes, since they stay there when weights are offloaded."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
 @torch.no_grad()
 def initialize_shards(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
     """Fill the local shard of every parameter in place, bit-equal to the same cut of the whole parameter.
 
-    The values are a function of (seed, parameter name, index) alone; see `model.initialize`.
+    The values are a function of (seed, parameter name, index) alone; see `model.initialize`. Buffers, which
+    every rank has whole, are zeros.
     """
     weights = declared_weights(model)
     for name, parameter in model.named_parameters():
@@ -33,3 +41,5 @@ def initialize_shards(model: nn.Module, config: BaseModelConfig, seed: int) -> N
         for dim in range(1, parameter.dim()):
             rows = rows.narrow(dim, offset[dim], shape[dim])
         local.copy_(rows)
+    for buffer in model.buffers():
+        buffer.zero_()

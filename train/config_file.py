@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -161,26 +161,18 @@ def _explain(error: Any, values: Values) -> str:
 def _suggest_key(location: list[str], model_type: str) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        below = _section(section, part, model_type)
-        if below is None:
+        inner = _section(section, part, model_type)
+        if inner is None:
             return ""
-        section = below
+        section = inner
     prefix = "".join(f"{part}." for part in location[:-1])
     close = _suggest(location[-1], section.model_fields, prefix)
     if close:
         return close
-    elsewhere = [key for key in _all_keys(Config, model_type) if key.split(".")[-1] == location[-1]]
+    elsewhere = [key for key in all_keys(Config, model_type) if key.split(".")[-1] == location[-1]]
     if elsewhere:
         return f": did you mean {' or '.join(repr(key) for key in elsewhere)}?"
     return f": known here are {', '.join(section.model_fields)}"
-
-
-def _section(parent: type[BaseModel], name: str, model_type: str) -> type[BaseModel] | None:
-    """The class of the section `name` of a section; None where it is a value."""
-    if parent is Config and name == "model" and isinstance(model_type, str) and model_type in MODELS:
-        return config_class(model_type)
-    annotation = parent.model_fields[name].annotation if name in parent.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -188,22 +180,31 @@ def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def all_keys(config: BaseModel, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, in order."""
-    keys = []
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        keys += all_keys(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [f"{prefix}{name}"]
-    return keys
-
-
-def _all_keys(section: type[BaseModel], model_type: str, prefix: str = "") -> list[str]:
-    """Every dotted key that a tree with this type of model may have."""
+def all_keys(section: type[BaseModel], model_type: str = "transformer", prefix: str = "") -> list[str]:
+    """Every dotted key that a tree with this type of model may have, in order."""
     keys = []
     for name in section.model_fields:
-        below = _section(section, name, model_type)
-        keys += _all_keys(below, model_type, f"{prefix}{name}.") if below else [f"{prefix}{name}"]
+        inner = _section(section, name, model_type)
+        if inner is not None:
+            keys += all_keys(inner, model_type, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
     return keys
+
+
+def _section(parent: type[BaseModel], name: str, model_type: str) -> type[BaseModel] | None:
+    """The class of the section `name` of a section; None where it is a value, or nothing."""
+    if parent is Config and name == "model" and isinstance(model_type, str) and model_type in MODELS:
+        return config_class(model_type)
+    return _section_of(parent.model_fields[name].annotation) if name in parent.model_fields else None
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The class of a section, which may be one that can be left out."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _display(path: Path) -> str:

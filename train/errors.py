@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data.errors import InputError
+from model.errors import ConversionError
 from parallel.errors import LayoutError
 
 EXIT_USER_ERROR = 2
@@ -18,7 +19,7 @@ class RunError(Exception):
     """A run folder is not what the command needs. The message is one line that says what would do."""
 
 
-USER_ERRORS = (ConfigError, RunError, InputError, LayoutError)
+USER_ERRORS = (ConfigError, RunError, InputError, LayoutError, ConversionError)
 
 
 @contextmanager

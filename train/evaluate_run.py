@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import DatasetInfo, TextInfo, open_dataset
+from data.dataset import ImageCodesInfo, open_dataset
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
@@ -68,9 +68,18 @@ class LoadedRun:
     """A trained model in the run's compute dtype, with what makes sense of its tokens."""
 
     model: Trunk
-    data: DatasetInfo
+    vocabulary: Tokenizer | ImageCodesInfo
     config: Config
     device: torch.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a run on text. Raises RunError for another."""
+        if not isinstance(self.vocabulary, Tokenizer):
+            raise RunError(
+                f"{self.vocabulary.path} makes pictures, which have no tokenizer: give a run on text"
+            )
+        return self.vocabulary
 
 
 def load_run(path: str) -> LoadedRun:
@@ -87,16 +96,21 @@ def load_run(path: str) -> LoadedRun:
         model.double()
     assert isinstance(model, Trunk)
     model.to_empty(device=device)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load_tensors(_newest(folder), tensors)
-    model.to(COMPUTE_DTYPE[config.precision]).eval()
-    return LoadedRun(model, open_dataset(folder.path), config, device)
+    for parameter in model.parameters():  # buffers stay in fp32, as in training
+        parameter.data = parameter.data.to(COMPUTE_DTYPE[config.precision])
+    return LoadedRun(model.eval(), _vocabulary(folder), config, device)
+
+
+def _vocabulary(folder: RunFolder) -> Tokenizer | ImageCodesInfo:
+    info = open_dataset(folder.path) if folder.dataset.is_file() else None  # an imported run has none
+    return info if isinstance(info, ImageCodesInfo) else Tokenizer.load(folder.tokenizer)
 
 
 def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choice) -> Iterator[str]:
     """The text that goes on from `prompt`, piece by piece, up to the document's end."""
-    assert isinstance(run.data, TextInfo)
-    tokenizer = Tokenizer.load(run.data.tokenizer_path)
+    tokenizer = run.tokenizer
     decoder = tokenizer.incremental_decoder()
     try:
         tokens = stream(
@@ -107,7 +121,7 @@ def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choic
             top_k=choice.top_k,
             top_p=choice.top_p,
             stop_token=tokenizer.eos_id,
-            vocab_size=run.data.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             generator=torch.Generator(run.device).manual_seed(choice.seed),
         )
     except ValueError as error:  # what this model can't generate

@@ -62,6 +62,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
             f"with --seq-len {config.model.max_seq_len}"
         )
     _check_samples(config, dataset)
+    _check_kernel(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
     _check_batch(config, layout)
     return Plan(config, sources, dataset, layout)
@@ -138,6 +139,18 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
                 f"evaluation.sample_tokens={settings.sample_tokens} after a prompt of {prompt} tokens goes past the "
                 f"{model.max_seq_len} learned positions: set at most {model.max_seq_len - prompt}"
             )
+
+
+def _check_kernel(config: Config) -> None:
+    if not isinstance(config.model, ModelConfig) or config.model.attention.kernel != "flex":
+        return
+    import torch  # only here: it takes seconds
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "model.attention.kernel=flex can't train on a CPU, where it has no backward: "
+            "use model.attention.kernel=auto"
+        )
 
 
 def _check_batch(config: Config, layout: Layout) -> None:

@@ -99,8 +99,11 @@ def _resume(folder: RunFolder, engine: TorchEngine, stream: TrainingStream) -> i
     path = newest_checkpoint(folder)
     if path is None:
         return 0
-    checkpoint.load_tensors(path, engine.state())
     progress = checkpoint_folder.load_progress(path)
+    if progress.step == 0:  # imported: weights, and nothing of a training
+        checkpoint.load_tensors(path, engine.weights())
+        return 0
+    checkpoint.load_tensors(path, engine.state())
     log.debug("loaded %s", path)
     stream.load_state_dict(progress.data)
     return progress.step

@@ -32,6 +32,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.dataset = path / "dataset.json"
+        self.tokenizer = path / "tokenizer.model"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -68,13 +69,14 @@ def check_same_run(folder: RunFolder, plan: Plan) -> None:
         return
     began = load_config(str(folder.config)).config.model_dump(mode="json")
     now = plan.config.model_dump(mode="json")
-    for key in DECIDES_THE_WEIGHTS:
+    trained = folder.dataset.is_file()  # an imported run has weights, of which only the model is settled
+    for key in DECIDES_THE_WEIGHTS if trained else ("model",):
         for name, before, after in _differences(key, _at(began, key), _at(now, key)):
             raise RunError(
                 f"{folder.path} was begun with {name}={before}, now it is {after}: "
                 f"set it back, or begin another run with run.name=NAME"
             )
-    if folder.dataset.is_file() and json.loads(folder.dataset.read_text())["digest"] != plan.dataset.digest:
+    if trained and json.loads(folder.dataset.read_text())["digest"] != plan.dataset.digest:
         raise RunError(
             f"{folder.path} was begun on other data than what {plan.config.data.path} now holds: "
             f"point data.path at that, or begin another run with run.name=NAME"

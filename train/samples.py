@@ -54,19 +54,19 @@ def make_sample(
         return Pictures(make_pictures(model, data, classes, PICTURES_OF_EACH, Choice(1.0, seed=seed), device))
     assert isinstance(data, TextInfo)
     choice = Choice(0.8, top_k=50, seed=seed)
-    return make_text(model, data, settings.sample_prompt, settings.sample_tokens, choice, device)
+    tokenizer = Tokenizer.load(data.tokenizer_path)
+    return make_text(model, tokenizer, settings.sample_prompt, settings.sample_tokens, choice, device)
 
 
 def make_text(
-    model: Trunk, data: TextInfo, prompt: str, tokens: int, choice: Choice, device: torch.device
+    model: Trunk, tokenizer: Tokenizer, prompt: str, tokens: int, choice: Choice, device: torch.device
 ) -> str:
     """The prompt and up to `tokens` tokens more."""
-    tokenizer = Tokenizer.load(data.tokenizer_path)
     if isinstance(model, FlowMatching):
         ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)
     else:
         ids = encode_prompt(tokenizer, prompt).to(device)
-    full = draw_tokens(model, ids, tokens, choice, data.vocab_size, stop_token=tokenizer.eos_id)
+    full = draw_tokens(model, ids, tokens, choice, tokenizer.vocab_size, stop_token=tokenizer.eos_id)
     return prompt + tokenizer.decode(full[0, ids.shape[1] :].tolist())
 
 

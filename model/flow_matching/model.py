@@ -34,7 +34,9 @@ class FlowMatching(Trunk):
 
         With targets, distributions (B, T, V) or tokens (B, T): (logits, loss), the mean cross-entropy.
         """
-        return self._logits(self._hidden(self.embed(xt), prefix=self.time(t)), targets)
+        soft = targets is not None and targets.is_floating_point()
+        hidden = self._run(self.embed(xt), prefix=self.time(t))
+        return self._logits(hidden, targets, loss_func=F.cross_entropy if soft else None)
 
     def loss_sum(self, seeds: Tensor, targets: Tensor) -> Tensor:
         """Sum over scored tokens of -log of what the model gives the data at a random time, ().
@@ -51,7 +53,7 @@ class FlowMatching(Trunk):
         else:
             start = self.embed(noise)
             between = torch.lerp(start, self.embed(data), t.to(start.dtype)[:, None, None])
-        return self._loss_sum(self._hidden(between, prefix=self.time(t)), targets)
+        return self._loss_sum(self._run(between, prefix=self.time(t)), targets)
 
     def draw(self, seeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Times (B,) fp64 and noise (B, length) int64, by sequence."""
@@ -81,7 +83,7 @@ class FlowMatching(Trunk):
         head = linear_cost(config.d_model, config.vocab_size or 0).flops
         time = TimeEmbedding.cost(config)
         flops = head + (longer.flops - head) * (seq_len + 1) / seq_len + time.flops / seq_len
-        return Cost(plain.parameters + time.parameters, plain.embedding, flops=flops)
+        return Cost(plain.parameters + time.parameters, plain.embedding, plain.idle, flops)
 
 
 class TimeEmbedding(nn.Module):

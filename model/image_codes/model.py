@@ -41,11 +41,11 @@ class ImageCodes(Trunk):
         With a cache: tokens go on from those that the cache holds.
         Raises ValueError past the learned positions, and where classes are missing or not asked for.
         """
-        return self._logits(self._hidden(self._embed(tokens, classes), cache), targets, last_only)
+        return self._logits(self._run(self._embed(tokens, classes), cache), targets, last_only=last_only)
 
     def loss_sum(self, tokens: Tensor, targets: Tensor, classes: Tensor | None = None) -> Tensor:
         """Sum of the losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T), classes (B,)."""
-        return self._loss_sum(self._hidden(self._embed(tokens, classes)), targets)
+        return self._loss_sum(self._run(self._embed(tokens, classes)), targets)
 
     def generate(
         self,

@@ -1,5 +1,6 @@
 """Random tiny models of `transformers` and their weights under our names."""
 
+import re
 from typing import Any
 
 import torch
@@ -21,16 +22,40 @@ def define_torchvision_operators() -> list[torch.library.Library]:
 
 LIBRARIES = define_torchvision_operators()
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    DeepseekV3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa: E402
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE  # noqa: E402
+from transformers.models.falcon.modeling_falcon import (  # noqa: E402
+    build_alibi_tensor as build_falcon_alibi_tensor,
+)
+from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
 
 __all__ = [
+    "ROPE_INIT_FUNCTIONS",
+    "DeepseekV3Config",
+    "DeepseekV3MoE",
     "GPT2Config",
     "GPT2LMHeadModel",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "MixtralConfig",
+    "MixtralForCausalLM",
+    "T5Attention",
+    "build_alibi_tensor",
+    "build_falcon_alibi_tensor",
     "gradients",
     "rename_gpt2",
     "rename_llama",
+    "rename_mixtral",
 ]
 
 
@@ -52,6 +77,22 @@ def rename_llama(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "lm_head": "head",
     }
     return {_replaced(name, table): value for name, value in theirs.items()}
+
+
+def rename_mixtral(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A Mixtral state dict under our names: its experts' matrices stacked."""
+    ours, stacks = {}, {}
+    for name, value in rename_llama(theirs).items():
+        name = name.replace("block_sparse_moe", "feedforward")
+        if ".experts." in name:
+            layer, number, matrix = re.fullmatch(r"(.*\.experts)\.(\d+)\.(w\d)\.weight", name).groups()
+            place = {"w1": "gate", "w3": "up", "w2": "down"}[matrix]
+            stacks.setdefault(f"{layer}.{place}", {})[int(number)] = value
+        else:
+            ours[name.replace("feedforward.gate", "feedforward.router")] = value
+    return ours | {
+        name: torch.stack([parts[number] for number in sorted(parts)]) for name, parts in stacks.items()
+    }
 
 
 def rename_gpt2(theirs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,39 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.build import build_model
-from model.cache import KeyValueCache, LayerCache
-from model.config import AttentionConfig, ModelConfig
-from model.feedforward import ACTIVATIONS, GATES, _Gated
+from model.cache import KeyValueCache, KeyValues
+from model.config import ModelConfig
+from model.feedforward import ACTIVATIONS, FEEDFORWARD, GATES, Gated
 from model.masks import make_mask
-from model.positions import Rope, rotate
+from model.norms import NORMS
+from model.positions import Rope
+from model.rope import rotate
 from model.weights import Weight, declared_weights
 from tests.model.variants import build, config_of, random_tokens
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 12), st.none() | st.integers(1, 14))
-def test_masks_allow_what_the_definition_does(queries, before, window):
-    keys = queries + before
-    mask_type = "causal" if window is None else "sliding_window"
-    mask = make_mask(
-        AttentionConfig(mask_type=mask_type, window_size=window), queries, keys, torch.device("cpu")
-    )
-    if queries == 1:
-        assert mask == (False, None)
-        return
-    for query in range(queries):
-        for key in range(keys):
-            place = query + before
-            expected = key <= place and (window is None or place - key < window)
-            got = key <= query if mask.is_causal else bool(mask.allowed[query, key])
-            assert got == expected
-
-
-def test_no_mask_tensor_where_the_kernel_needs_none():
-    device = torch.device("cpu")
-    assert make_mask(AttentionConfig(), 8, 8, device) == (True, None)
-    assert make_mask(AttentionConfig(mask_type="bidirectional"), 8, 8, device) == (False, None)
-    assert make_mask(AttentionConfig(mask_type="sliding_window", window_size=8), 8, 8, device) == (True, None)
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,7 +50,7 @@ def test_rotations_are_made_in_at_least_fp32(dtype, inside):
 
 
 def test_cache_grows_in_place_and_ends():
-    cache = LayerCache(5)
+    cache = KeyValues(5)
     first, second = torch.randn(2, 1, 2, 3, 4)
     keys, _ = cache.append(first, first)
     again, values = cache.append(second[:, :, :2], 2 * second[:, :, :2])
@@ -90,7 +66,7 @@ def test_a_prompt_may_be_read_in_pieces(mask_type):
     config = config_of({"attention.mask_type": mask_type})
     model = build(config).double()
     tokens = random_tokens(config, 2, 14)
-    cache = KeyValueCache(config.num_layers, 14)
+    cache = KeyValueCache(config, 14)
     pieces = [model(piece, cache=cache) for piece in tokens.split([6, 5, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(tokens))
     torch.testing.assert_close(model(tokens, last_only=True), model(tokens)[:, -1:])
@@ -106,7 +82,7 @@ def test_placements(placement, parallel):
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 6, config.d_model, dtype=torch.float64)
-    mask = make_mask(config.attention, 6, 6, x.device)
+    mask = make_mask(config.attention, range(6), range(6), x)
 
     def attend(h):
         return block.attention(h, mask)
@@ -133,8 +109,8 @@ def test_gates(variant):
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64)
     gate.requires_grad_(), up.requires_grad_()
     function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}[variant]
-    assert torch.equal(_Gated.apply(gate, up, variant), function(gate) * up)
-    assert torch.autograd.gradcheck(lambda g, u: _Gated.apply(g, u, variant), (gate, up))
+    assert torch.equal(Gated.apply(gate, up, variant), function(gate) * up)
+    assert torch.autograd.gradcheck(lambda g, u: Gated.apply(g, u, variant), (gate, up))
 
 
 def test_activations():
@@ -149,6 +125,34 @@ def test_activations():
     assert expected.keys() == ACTIVATIONS.keys()
     for name, value in expected.items():
         torch.testing.assert_close(ACTIVATIONS[name](x), value)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", ["swiglu", "geglu", "glu", "mlp"])
+def test_feedforward(variant, bias):
+    ffn = {"variant": variant, "bias": bias, "d_ff": 24}
+    if variant == "mlp":
+        ffn["activation"] = "relu_squared"
+    config = config_of({}, ffn=ffn)
+    layer = FEEDFORWARD[variant](config)
+    x = torch.randn(2, 3, config.d_model)
+    function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}.get(variant)
+    hidden = layer.up(x).relu() ** 2 if function is None else function(layer.gate(x)) * layer.up(x)
+    torch.testing.assert_close(layer(x), layer.down(hidden))
+    assert {name.split(".")[1] for name, _ in layer.named_parameters()} == {
+        "weight",
+        "bias" if bias else "weight",
+    }
+
+
+def test_scalenorm_scales_to_a_learned_length():
+    norm = NORMS["scalenorm"](config_of({}, d_model=16))
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    torch.testing.assert_close(
+        norm(x).norm(dim=-1), torch.full((2, 3), 4.0, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    norm.weight.data.fill_(0.5)
+    torch.testing.assert_close(norm(x), 2 * x / x.norm(dim=-1, keepdim=True), rtol=1e-4, atol=0)
 
 
 def test_sinusoids():
@@ -210,6 +214,20 @@ def test_declared_shardings():
     }
 
 
+def test_declared_shardings_of_experts():
+    config = config_of({"ffn.bias": True}, moe={"num_shared_experts": 1}, num_layers=1)
+    feedforward = build(config).blocks[0].feedforward
+    experts = ["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
+    declared = {name: weight.sharding for name, weight in declared_weights(feedforward).items()}
+    assert declared == {"router.weight": "replicated"} | {
+        f"experts.{name}": "experts" for name in experts
+    } | {
+        f"shared.{name}.{kind}": sharding
+        for kind in ("weight", "bias")
+        for name, sharding in (("gate", "column"), ("up", "column"), ("down", "row"))
+    } | {"shared.down.bias": "replicated"}
+
+
 def test_print():
     with torch.device("meta"):
         model = build_model(ModelConfig(vocab_size=2048))
@@ -219,6 +237,13 @@ def test_print():
         "gqa 8/2 heads, rope, swiglu d_ff 1408, rmsnorm pre, tied)"
     )
     assert second == "Transformer("
+    moe = {"num_experts": 16, "num_shared_experts": 1, "d_ff": 704, "every_nth_layer": 2}
+    with torch.device("meta"):
+        model = build_model(ModelConfig(vocab_size=2048, moe=moe))
+    assert repr(model).splitlines()[0] == (
+        "Transformer(66.6 M parameters, 21.2 M active, 65.6 M non-embedding; gqa 8/2 heads, rope, "
+        "swiglu d_ff 1408, top 2 of 16 experts + 1 shared d_ff 704 in 3 of 6 layers, rmsnorm pre, tied)"
+    )
 
 
 def test_a_vocabulary_is_needed():
@@ -234,10 +259,11 @@ def recomputing(function):
     return forward
 
 
+@pytest.mark.parametrize("moe", ["none", "softmax", "sigmoid"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_blocks_compile_one_by_one(checkpointed):
+def test_blocks_compile_one_by_one(checkpointed, moe):
     """Traced and differentiated as inductor would get them; the loss stays outside."""
-    config = config_of({}, num_layers=1)
+    config = config_of({"moe": moe, "ffn.bias": moe == "sigmoid"}, num_layers=1)
     plain, compiled = build(config), build(config)
     tokens = random_tokens(config, 2, 12)
     for block in compiled.blocks:

@@ -52,6 +52,35 @@ def test_scales():
     assert residual == {"attention.output.weight", "feedforward.down.weight"}
 
 
+@pytest.mark.parametrize("start, stop", [(0, 1), (2, 5), (4, 7), (3, 3)])
+@pytest.mark.parametrize("init", ["gpt2", "xavier"])
+def test_experts_are_cut_bit_equal_too(start, stop, init):
+    config = CONFIG.model_copy(update={"init": init})
+    weight = Weight("experts", "residual")
+    cut, whole = (initial_rows("down", weight, (7, 6, 4), config, 0, *r) for r in ((start, stop), (0, 7)))
+    assert torch.equal(cut, whole[start:stop])
+    assert len(whole.flatten(1).unique(dim=0)) == 7
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_xavier(tied):
+    options = {"init": "xavier", "tie_embeddings": tied, "residual_scaled_init": False}
+    config = ModelConfig.model_validate(CONFIG.model_dump() | options | {"moe": {"num_experts": 3}})
+    model = build(config)
+    weights = declared_weights(model)
+    assert weights["embedding.weight"].init == "embedding"
+    for name, parameter in model.named_parameters():
+        init = weights[name].init
+        if init == "embedding":
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05)
+        elif init in ("normal", "residual"):
+            bound = math.sqrt(6 / (parameter.shape[-1] + parameter.shape[-2]))
+            assert parameter.abs().max().item() == pytest.approx(bound, rel=0.05)
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert not model.blocks[0].attention.query.bias.any()
+    assert ("head.weight" in weights) != tied
+
+
 def test_unscaled_where_asked():
     config = CONFIG.model_copy(update={"residual_scaled_init": False})
     assert build(config).blocks[0].attention.output.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -4,16 +4,26 @@ import pytest
 import torch
 
 from model.build import build_model
-from model.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, PositionalConfig
+from model.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    PositionalConfig,
+)
 from model.loss import IGNORE_INDEX
 from tests.model.hugging_face import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     gradients,
     rename_gpt2,
     rename_llama,
+    rename_mixtral,
 )
 
 VOCAB = 96
@@ -81,6 +91,38 @@ def test_llama(loss, tied):
         )
     )
     compare(ours, theirs, rename_llama, loss)
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_mixtral(loss):
+    theirs = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_theta=500.0,
+        )
+    )
+    randomize(theirs)
+    ours = build_model(
+        ModelConfig(
+            vocab_size=VOCAB,
+            d_model=32,
+            num_layers=2,
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2),
+            positional=PositionalConfig(rope_base=500.0),
+            ffn=FeedForwardConfig(d_ff=24),
+            moe=MoEConfig(num_experts=4, load_balance_loss=0.0),
+            tie_embeddings=False,
+        )
+    )
+    assert {name for name, _ in ours.named_parameters()} == rename_mixtral(theirs.state_dict()).keys()
+    compare(ours, theirs, rename_mixtral, loss)
 
 
 @pytest.mark.parametrize("loss", ["mean", "sum"])

@@ -45,8 +45,11 @@ def test_both_losses_agree(choice):
     targets[0, :5] = IGNORE_INDEX
     logits, mean = model(tokens, targets=targets)
     torch.testing.assert_close(logits, model(tokens))
-    torch.testing.assert_close(model.loss_sum(tokens, targets) / 19, mean)
+    summed = model.loss_sum(tokens, targets) / 19
+    torch.testing.assert_close(summed, mean)
     assert mean.dtype == torch.float64
+    parameters = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(summed, parameters), torch.autograd.grad(mean, parameters))
 
 
 @every_pair
@@ -85,6 +88,7 @@ def test_later_tokens_change_nothing_before_them(choice):
     tokens = random_tokens(config, 1, 12)
     changed = tokens.clone()
     changed[0, 7] = (tokens[0, 7] + 1) % config.vocab_size
-    equal = (model(tokens) == model(changed)).all(dim=-1)[0]
+    # of an expert's product the last bits depend on how many tokens it has
+    equal = ((model(tokens) - model(changed)).abs() < 1e-12).all(dim=-1)[0]
     assert equal[:7].all() == (config.attention.mask_type != "bidirectional")
     assert not equal[7]

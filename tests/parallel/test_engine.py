@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from model.build import build_model
 from model.config import ModelConfig
 from model.initialize import initialize
+from model.moe import take_expert_counts, update_balance
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.engine import TorchEngine
 from parallel.layout import Layout
@@ -131,24 +132,36 @@ def train(
 
 
 def reference(model_settings: dict[str, Any]) -> tuple[str, list[float], list[float]]:
-    """The same run in plain torch: no sharding, no micro-batches, the loss from whole logits."""
+    """The same run in plain torch: no sharding, no micro-batches, the loss from whole logits.
+
+    The experts' auxiliary losses have no value there, but a gradient.
+    """
     config = ModelConfig.model_validate(MODEL | model_settings)
     model = build_model(config).double()
     initialize(model, config, seed=3)
-    initial = digest({f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    initial = digest({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     adam = optimizer(model)
     losses, norms = [], []
     for step in range(STEPS):
         batch = global_batch(step)
-        logits = model(batch.tokens)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        _, loss = model(batch.tokens, batch.targets, loss_func=torch.nn.functional.cross_entropy)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         losses.append(loss.item())
         adam.step()
         adam.zero_grad()
+        counts = take_expert_counts(model)
+        if counts is not None:
+            update_balance(model, counts)
     return initial, losses, norms
 
+
+MOE = {"num_experts": 5, "d_ff": 20, "load_balance_loss": 0.1, "router_z_loss": 0.01}
+LAST_LAYER = {
+    "moe": MOE | {"first_layer": 1, "capacity_factor": 1.0, "num_shared_experts": 1},
+    "parallel_layers": True,
+}
+BIASED = {"moe": MOE | {"router": "sigmoid", "balance": "bias", "bias_rate": 0.01}, "ffn": {"bias": True}}
 
 LAYOUTS = [
     (1, 1, 8, {}, {}),
@@ -159,6 +172,11 @@ LAYOUTS = [
     (1, 2, 2, {"cpu_offload": True}, {"tie_embeddings": False}),
     (1, 4, 2, {}, {}),
     (2, 2, 1, {}, {"tie_embeddings": False}),
+    (1, 1, 2, {}, {"moe": MOE}),
+    (1, 2, 2, {"activation_checkpoint": {"mode": "full"}}, BIASED),
+    (1, 4, 1, {}, LAST_LAYER),
+    (2, 2, 2, {"activation_checkpoint": {"mode": "full"}}, LAST_LAYER | {"norm": {"type": "scalenorm"}}),
+    (2, 1, 1, {"cpu_offload": True}, BIASED),
 ]
 
 
@@ -175,6 +193,29 @@ def test_layout_computes_the_run_of_one_process(
         assert rank_losses == pytest.approx(losses, rel=1e-9)
         assert rank_norms == pytest.approx(norms, rel=1e-9)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def balance_after_three_steps(dp_shard: int, micro: int) -> Any:
+    """Runs in every worker: the experts' load in the last step, and the biases that came of all three."""
+    engine = make_engine(1, dp_shard, micro, "fp64", {"activation_checkpoint": {"mode": "full"}}, BIASED)
+    share = GLOBAL_BATCH // dp_shard
+    mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    for step in range(3):
+        batch = global_batch(step)
+        engine.forward_backward(TokenBatch(batch.tokens[mine], batch.targets[mine]), step)
+        engine.step(LR)
+    statistics = engine.expert_statistics()
+    assert statistics is not None
+    biases = {name: t.tolist() for name, t in engine.state().items() if name.endswith("selection_bias")}
+    return statistics.load.tolist(), statistics.dropped.tolist(), biases
+
+
+def test_experts_are_balanced_by_the_whole_step(pools: dict[int, WorkerPool]) -> None:
+    (expected,) = pools[1].run(balance_after_three_steps, 1, 8)
+    load, dropped, biases = expected
+    assert [sum(layer) for layer in load] == pytest.approx([1.0, 1.0]) and dropped == [0.0, 0.0]
+    assert len(biases) == 2 and all(any(bias) for bias in biases.values())
+    assert pools[2].run(balance_after_three_steps, 2, 1) == [expected, expected]
 
 
 # Measured here over these 20 steps: fp32 4e-6, bf16 and fp16 at most 2e-2 of the loss.

@@ -66,6 +66,11 @@ def test_numbers_with_exponents_are_numbers(write, text: str) -> None:
         (["run.wall_time=soon"], "'soon' is not a duration: write 90m"),
         (["model.attention.window_size=8"], "model.attention.window_size"),
         (["model.attention.num_heads=7"], "model.attention.num_heads"),
+        (
+            ["model.moe.num_expert=4"],
+            r"unknown key 'model.moe.num_expert': did you mean 'model.moe.num_experts'\?",
+        ),
+        (["model.moe.top_k=9"], "model.moe.top_k=9 exceeds model.moe.num_experts=8: use model.moe.top_k=2"),
         (["data.micro_batch_size=3"], "data.global_batch_size"),
         (["model=7"], "model=7: input should be"),
     ],
@@ -158,7 +163,6 @@ def test_all_keys_are_documented() -> None:
         return missing
 
     assert undocumented(Config) == []
+    assert {"model.attention.num_heads", "model.moe.num_experts"} <= set(all_keys(Config))
     for model_type in MODELS:
         assert undocumented(config_class(model_type)) == []
-        config = load_config("tiny", ["run.steps=5", "data.path=x", f"model.type={model_type}"]).config
-        assert "model.attention.num_heads" in all_keys(config)

@@ -56,10 +56,12 @@ def test_any_number_of_processes_computes_the_same_run(
             assert other_norm == pytest.approx(norm, rel=1e-9)
 
 
+# the biases that even the experts' load are state, too
+@pytest.mark.parametrize("model", [[], ["model.moe.num_experts=4", "model.moe.balance=bias"]])
 def test_moves_to_another_number_of_processes(
-    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, model: list[str]
 ) -> None:
-    common = [f"run.dir={tmp_path}", "precision=fp64"]
+    common = [f"run.dir={tmp_path}", "precision=fp64", *model]
     pools[1].run(train_here, tiny_config, [*common, "run.name=one", "run.steps=8"])
     pools[2].run(train_here, tiny_config, [*common, "run.name=moved", "run.steps=4"])
     pools[1].run(train_here, tiny_config, [*common, "run.name=moved", "run.steps=8"])
@@ -149,11 +151,11 @@ def test_low_precision_learns(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "model"), [(1, []), (2, []), (2, ["model.moe.num_experts=4"])])
 def test_compiled_run_equals_an_eager_one(
-    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, world: int
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, world: int, model: list[str]
 ) -> None:
-    common = [f"run.dir={tmp_path}", "run.steps=4", "activation_checkpoint.mode=full"]
+    common = [f"run.dir={tmp_path}", "run.steps=4", "activation_checkpoint.mode=full", *model]
     pools[world].run(train_here, tiny_config, [*common, "run.name=eager"])
     pools[world].run(train_here, tiny_config, [*common, "run.name=compiled", "compile.enabled=true"])
     eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")

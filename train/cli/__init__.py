@@ -2,7 +2,7 @@
 
 import typer
 
-from train.cli import config, evaluate, generate, plot, prepare, train
+from train.cli import config, convert, evaluate, generate, plot, prepare, train
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ app.command()(train.train)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)
 app.command()(plot.plot)
+app.command("export")(convert.export_)
+app.command("import")(convert.import_)
 app.add_typer(config.app, name="config")
 
 

@@ -1,6 +1,7 @@
 """`trireme config`"""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -18,16 +19,13 @@ def show(
 
     Example: `trireme config show tiny data.path=datasets/demo optimizer.lr=1e-3`
     """
-    from train.config_file import all_keys, load_config
+    from train.config_file import load_config
 
     loaded = load_config(config, overrides or [])
-    tree = loaded.config.model_dump(mode="json")
-    rows = []
-    for key in all_keys(loaded.config):
-        value = tree
-        for part in key.split("."):
-            value = value[part]
-        rows.append((f"{key}: {_yaml(value)}", loaded.sources.get(key, "default")))
+    rows = [
+        (f"{key}: {_yaml(value)}", loaded.sources.get(key, "default"))
+        for key, value in _leaves(loaded.config.model_dump(mode="json"))
+    ]
     width = max(len(text) for text, _ in rows)
     for text, source in rows:
         print(f"{text:<{width}}  # {source}")
@@ -45,6 +43,15 @@ def list_configs() -> None:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         about = first.removeprefix("#").strip() if first.startswith("#") else ""
         print(f"{path.relative_to(CONFIGS.parent)!s:<32} {about}")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key and its value; a section that is left out is one."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _yaml(value: object) -> str:

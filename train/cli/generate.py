@@ -46,7 +46,7 @@ def generate(
     if refines and (top_k is not None or top_p is not None):
         raise RunError(f"--top-k and --top-p: {run} refines all tokens together: leave them out")
     choice = Choice(temperature, top_k, top_p, seed, steps or REFINEMENTS)
-    if isinstance(loaded.data, ImageCodesInfo):
+    if isinstance(loaded.vocabulary, ImageCodesInfo):
         if prompt:
             raise RunError(f"--prompt {prompt!r}: {run} makes pictures: leave it out")
         _write_pictures(loaded, classes, num_samples, choice, out)
@@ -64,14 +64,14 @@ def _write_pictures(
     from train.errors import RunError
     from train.samples import make_pictures
 
-    assert isinstance(loaded.data, ImageCodesInfo)
+    assert isinstance(loaded.vocabulary, ImageCodesInfo)
     if out is None:
         raise RunError("pictures need a file: name it with --out, such as --out grid.png")
     try:
         wanted = None if classes is None else [int(at) for at in classes.split(",")]
     except ValueError:
         raise RunError(f"--classes {classes}: give numbers with commas between, such as 0,1,2") from None
-    pixels = make_pictures(loaded.model, loaded.data, wanted, each, choice, loaded.device)
+    pixels = make_pictures(loaded.model, loaded.vocabulary, wanted, each, choice, loaded.device)
     try:
         write_png(pixels, out)
     except (OSError, ValueError) as error:
@@ -82,14 +82,12 @@ def _write_pictures(
 
 
 def _print_text(loaded: "LoadedRun", prompt: str, max_new_tokens: int, choice: "Choice") -> None:
-    from data.dataset import TextInfo
     from model.flow_matching.model import FlowMatching
     from train.evaluate_run import continuation
     from train.samples import make_text
 
     if isinstance(loaded.model, FlowMatching):
-        assert isinstance(loaded.data, TextInfo)
-        print(make_text(loaded.model, loaded.data, prompt, max_new_tokens, choice, loaded.device))
+        print(make_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens, choice, loaded.device))
         return
     print(prompt, end="", flush=True)
     for piece in continuation(loaded, prompt, max_new_tokens, choice):

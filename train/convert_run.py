@@ -1,0 +1,137 @@
+"""Runs to Hugging Face folders, and the reverse."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.convert.architecture import export_weights, import_weights
+from model.convert.choose import choose, read_config
+from model.errors import ConversionError
+from parallel.processes import process_group
+from train import checkpoint
+from train.checkpoint_folder import Progress
+from train.config import Config
+from train.errors import RunError
+from train.evaluate_run import load_run
+from train.run_folder import RunFolder, to_yaml
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": False,
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "clean_up_tokenization_spaces": False,
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+}
+
+
+def export_run(run: str, out: Path) -> str:
+    """Write a run's newest checkpoint as `config.json`, `model.safetensors` and tokenizer. Returns the class's name.
+
+    Raises:
+        ConversionError: no architecture of theirs holds the model.
+        RunError: no such run, or `out` exists.
+    """
+    loaded = load_run(run)
+    model = loaded.config.model
+    if not isinstance(model, ModelConfig) or model.type != "transformer":
+        raise ConversionError(
+            f"no architecture of transformers holds model.type={model.type}: export a run of type transformer"
+        )
+    architecture, theirs = choose(model)
+    _make_folder(out)
+    tokenizer = loaded.tokenizer
+    theirs |= {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "torch_dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+    }
+    _write_json(out / "config.json", theirs)
+    tensors = export_weights(architecture, model, dict(loaded.model.named_parameters()))
+    save_file(
+        {name: tensor.detach() for name, tensor in tensors.items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
+    shutil.copyfile(RunFolder(Path(run)).tokenizer, out / "tokenizer.model")
+    _write_json(out / "tokenizer_config.json", _TOKENIZER_CONFIG)
+    return architecture.class_name
+
+
+def import_run(source: Path, out: Path, data_path: str) -> ModelConfig:
+    """Make a run of a Hugging Face folder: a checkpoint of step 0, from which to generate, evaluate or train on.
+
+    Raises:
+        ConversionError: the architecture isn't known here.
+        RunError: the folder lacks something, or `out` exists.
+    """
+    architecture, model = read_config(_read_json(source / "config.json"))
+    tensors = import_weights(architecture, model, _read_tensors(source))
+    _make_folder(out)
+    folder = RunFolder(out)
+    config = Config.model_validate(
+        {
+            "run": {"name": out.name, "dir": str(out.parent), "steps": 1000},
+            "model": model.model_dump(mode="json"),
+            "data": {"path": data_path},
+        }
+    )
+    folder.config.write_text(to_yaml(config))
+    if (source / "tokenizer.model").is_file():
+        shutil.copyfile(source / "tokenizer.model", folder.tokenizer)
+    named = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
+    with process_group(torch.device("cpu")):
+        checkpoint.save(folder.checkpoints, named, Progress(step=0, tokens=0, data={}), keep=1)
+    return model
+
+
+def _read_tensors(source: Path) -> dict[str, Tensor]:
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise RunError(
+            f"{source} has no .safetensors file: save the model with `save_pretrained`, which makes one"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load_file(file)
+    return tensors
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}: give a folder that `save_pretrained` wrote") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no object")
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(f"{out} exists: choose another --out, or delete it first") from None
+    except OSError as error:
+        raise RunError(f"{out} can't be made: {error.strerror}") from None
