@@ -153,7 +153,7 @@ def _check(
         if not fine:
             raise ValueError(f"{name}={value}: it must be {allowed}")
     limit, wanted = model.positions.limit, tokens.shape[1] + max_new_tokens
-    if limit is not None and wanted > limit:
+    if limit is not None and wanted > limit + 1:  # the last token is made, and not read
         raise ValueError(
             f"a prompt of {tokens.shape[1]} and max_new_tokens={max_new_tokens} make {wanted} tokens, past "
             f"the {limit} learned positions of this model (model.max_seq_len): shorten one of them"

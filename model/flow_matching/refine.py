@@ -33,7 +33,8 @@ def refine(
     for step in range(steps):
         now, then = step / steps, (step + 1) / steps
         logits = model.sample(torch.full((len(noise),), now, device=noise.device), xt, temperature)
-        logits[..., vocab_size:] = -torch.inf
+        if vocab_size is not None:
+            logits[..., vocab_size:] = -torch.inf
         xt = torch.lerp(xt, logits.softmax(dim=-1), (then - now) / (1 - now))
         if known is not None:
             xt[:, : known.shape[1]] = torch.lerp(start[:, : known.shape[1]], known, then)

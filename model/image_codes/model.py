@@ -55,9 +55,11 @@ class ImageCodes(Trunk):
         top_k: int | None = None,
         top_p: float | None = None,
         classes: Tensor | None = None,
+        *,
+        num_codes: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """start (B, T), classes (B,) int64 -> (B, T + max_new_tokens). The start token is never drawn."""
+        """start (B, T), classes (B,) int64 -> (B, T + max_new_tokens); only tokens below num_codes are drawn."""
         return generate(
             self,
             start,
@@ -65,7 +67,7 @@ class ImageCodes(Trunk):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            vocab_size=known(self.config.vocab_size) - 1,
+            vocab_size=num_codes,
             generator=generator,
             inputs={} if classes is None else {"classes": classes},
         )

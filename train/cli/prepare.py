@@ -115,7 +115,7 @@ def _prepare_pictures(
         f"{info.train.documents:,} pictures for training, {info.validation.documents:,} for validation, of "
         f"{info.height} x {info.width} codes of {info.start_id:,}, in {len(info.class_names)} classes"
     )
-    print(f"next: trireme train image_codes data.path={info.path}")
+    print(f"next: trireme train image_codes data.path={info.path} run.steps=1000")
 
 
 _WORDS = {"tokenizer": "training the tokenizer", "tokens": "tokenizing"}
