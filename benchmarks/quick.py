@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.llama import make_llama
-from data.dataset import DatasetInfo, SplitInfo
+from data.dataset import SplitInfo, TextInfo
 from data.stream import Batch
 from model.build import build_model
 from model.initialize import initialize
@@ -30,6 +30,7 @@ from train.monitor import Monitor
 from train.optimizer import make_optimizer
 from train.resolve import Plan
 from train.run import make_engine
+from train.samples import Sample
 from train.trainer import Hooks, Trainer
 
 BATCH, SEQ_LEN, VOCAB = 8, 256, 4096
@@ -103,7 +104,8 @@ def batch_of(step: int) -> Batch:
     """Random tokens."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=generator)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(BATCH))
+    inputs = {"tokens": tokens[:, :-1].contiguous()}
+    return Batch(inputs, tokens[:, 1:].contiguous(), torch.arange(BATCH))
 
 
 class RandomStream:
@@ -130,7 +132,7 @@ class Losses:
         """Keep it."""
         self.all.append(metrics.loss)
 
-    def sample(self, step: int, text: str) -> None:
+    def sample(self, step: int, sample: Sample) -> None:
         """Not of interest."""
 
     def close(self) -> None:
@@ -142,7 +144,7 @@ class OurLoop:
 
     def __init__(self, config: Config) -> None:
         empty = SplitInfo(documents=0, tokens=0, bytes=0, sequences=0)
-        dataset = DatasetInfo(Path("-"), SEQ_LEN, VOCAB, 2, 3, 0, empty, empty, digest="")
+        dataset = TextInfo(Path("-"), SEQ_LEN, VOCAB, 0, empty, empty, digest="", bos_id=2, eos_id=3)
         plan = Plan(config, {}, dataset, Layout(dp_replicate=1, dp_shard=1))
         self.listener = Losses()
         self.trainer = Trainer(
@@ -181,7 +183,7 @@ class BareLoop:
         """One step."""
         batch = batch_of(number)
         with self.autocast:
-            output = self.model(batch.tokens)
+            output = self.model(batch.inputs["tokens"])
             logits = output if isinstance(output, Tensor) else output.logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
         loss.backward()

@@ -1,19 +1,20 @@
 """A prepared data set: how its folder is laid out, and what its `dataset.json` says.
 
     DIR/dataset.json      written last: a folder without it is unfinished
-    DIR/tokenizer.model
+    DIR/tokenizer.model   of text; of pictures' codes, codebook.safetensors
     DIR/train/index.json  and part-00000/shard.00000.mds ...
     DIR/validation/       likewise
 
-A sample is a row of seq_len + 1 tokens, of which the first seq_len are input and the last seq_len targets.
+A sample has a column of seq_len + 1 tokens, of which the first seq_len are input and the last seq_len targets.
+Codes of labelled pictures have another, `classes`, with a number each.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data.errors import InputError
 
@@ -28,33 +29,86 @@ class SplitInfo:
     """What a split holds."""
 
     documents: int
+    """Of pictures' codes, the pictures."""
     tokens: int
     """With one end-of-document token a document, without padding; each is the target of one sequence."""
     bytes: int
-    """Of the documents' text in UTF-8."""
+    """Of the documents' text in UTF-8; of the pictures' pixels."""
     sequences: int
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A prepared data set."""
+    """A prepared data set of any kind."""
+
+    kind: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+    """What lies beside `dataset.json` and is needed to make sense of tokens."""
 
     path: Path
     seq_len: int
     vocab_size: int
-    """Of the tokenizer, not padded."""
-    bos_id: int
-    eos_id: int
+    """Tokens that there are; a model's vocabulary may be padded."""
     pad_id: int
+    """The token that is never a target."""
     train: SplitInfo
     validation: SplitInfo
     digest: str
-    """SHA-256 over all shards and the tokenizer."""
+    """SHA-256 over all shards and `files`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a sample has beside its id."""
+        return (COLUMN,)
+
+
+@dataclass(frozen=True)
+class TextInfo(DatasetInfo):
+    """Text in the tokens of a tokenizer."""
+
+    kind: ClassVar[str] = "text"
+    files: ClassVar[tuple[str, ...]] = ("tokenizer.model",)
+
+    bos_id: int
+    eos_id: int
 
     @property
     def tokenizer_path(self) -> Path:
         """The sentencepiece model."""
         return tokenizer_path(self.path)
+
+
+@dataclass(frozen=True)
+class ImageCodesInfo(DatasetInfo):
+    """Pictures in the codes of a codebook, row by row, after a start token, which is `pad_id` too."""
+
+    kind: ClassVar[str] = "image_codes"
+    files: ClassVar[tuple[str, ...]] = ("codebook.safetensors",)
+
+    height: int
+    """Rows of codes in a picture."""
+    width: int
+    """Codes in a row."""
+    class_names: tuple[str, ...]
+    """By class number; empty where pictures have no class."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a sample has beside its id."""
+        return (COLUMN, "classes") if self.class_names else (COLUMN,)
+
+    @property
+    def start_id(self) -> int:
+        """The first token of every sequence; all below it are codes."""
+        return self.vocab_size - 1
+
+    @property
+    def codebook_path(self) -> Path:
+        """The pixels of each code; there is none where the user brought codes without."""
+        return self.path / "codebook.safetensors"
+
+
+KINDS: dict[str, type[DatasetInfo]] = {info.kind: info for info in (TextInfo, ImageCodesInfo)}
 
 
 def dataset_path(folder: Path) -> Path:
@@ -89,18 +143,21 @@ def open_dataset(path: str | Path) -> DatasetInfo:
         raise InputError(
             f"{folder} is of format {described.get('format')}, this version reads {FORMAT}: prepare the data again"
         )
-    names = ("seq_len", "vocab_size", "bos_id", "eos_id", "pad_id", "digest")
-    return DatasetInfo(
-        path=folder,
-        train=SplitInfo(**described["train"]),
-        validation=SplitInfo(**described["validation"]),
-        **{name: described[name] for name in names},
-    )
+    info = KINDS[described.get("kind", "text")]
+    values: dict[str, Any] = {
+        field.name: described[field.name] for field in fields(info) if field.name != "path"
+    }
+    for name, value in values.items():
+        if name in SPLITS:
+            values[name] = SplitInfo(**value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+    return info(path=folder, **values)
 
 
 def write_dataset(info: DatasetInfo, options: Mapping[str, Any]) -> None:
     """Write dataset.json, with which the data set is finished."""
-    described = {"format": FORMAT} | asdict(info) | {"options": dict(options)}
+    described = {"format": FORMAT, "kind": info.kind} | asdict(info) | {"options": dict(options)}
     del described["path"]
     write_json(dataset_path(info.path), described)
 

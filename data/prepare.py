@@ -22,9 +22,9 @@ from typing import Any
 from data.corpus import documents
 from data.dataset import (
     SPLITS,
-    DatasetInfo,
     Split,
     SplitInfo,
+    TextInfo,
     dataset_path,
     tokenizer_path,
     write_bytes,
@@ -53,7 +53,7 @@ Progress = Callable[[str, int, int], None]
 class PrepareReport:
     """What was made."""
 
-    dataset: DatasetInfo
+    dataset: TextInfo
     tokens_per_second: float
     """Of this call, which may have found parts already done."""
 
@@ -281,9 +281,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _describe(
-    folder: Path, reports: list[PartReport], seq_len: int, validation_fraction: float
-) -> DatasetInfo:
+def _describe(folder: Path, reports: list[PartReport], seq_len: int, validation_fraction: float) -> TextInfo:
     """Merge the parts' indexes. Raises InputError where a split is empty."""
     splits = {split: _sum([getattr(report, split) for report in reports]) for split in SPLITS}
     for split in SPLITS:
@@ -299,7 +297,7 @@ def _describe(
     for split in SPLITS:
         digest.update(_merge_indexes(folder / split))
     tokenizer = Tokenizer.load(tokenizer_path(folder))
-    return DatasetInfo(
+    return TextInfo(
         path=folder,
         seq_len=seq_len,
         vocab_size=tokenizer.vocab_size,

@@ -25,13 +25,18 @@ from streaming.base.world import World  # noqa: E402
 
 IGNORE_INDEX = -100
 
+Sample = dict[str, Any]
+"""A sample's columns: `tokens` (T + 1,), numbers for others."""
+Collated = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Targets (B, T), sample ids (B,), columns (B, ...), all int64."""
+
 _CANONICAL_NODES = 1
 """With one, global batch n is the nth run of `global_batch_size` samples of the epoch's permutation, whatever the
 number of nodes, of which streaming asks that they divide the canonical ones or the reverse."""
 
 
 class TrainingSequences(StreamingDataset):
-    """The training split, shuffled and dealt out to data ranks. Items are (sample id, (T + 1,) tokens)."""
+    """The training split, shuffled and dealt out to data ranks. Items are (sample id, columns)."""
 
     def __init__(
         self,
@@ -70,13 +75,13 @@ class TrainingSequences(StreamingDataset):
         )
         self.length = epoch_size // world_size
 
-    def __getitem__(self, at: int) -> tuple[int, np.ndarray]:
-        return int(at), super().__getitem__(at)[COLUMN]
+    def __getitem__(self, at: int) -> tuple[int, Sample]:
+        return int(at), super().__getitem__(at)
 
-    def collate(self, items: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T) tokens, (B, T) targets, (B,) sample ids."""
-        ids, rows = zip(*items, strict=True)
-        return (*_input_and_targets(np.stack(rows), self.pad_id), torch.tensor(ids))
+    def collate(self, items: list[tuple[int, Sample]]) -> Collated:
+        """(B, T) targets, (B,) sample ids, and the columns, of which `tokens` is (B, T)."""
+        ids, samples = zip(*items, strict=True)
+        return _collated(samples, torch.tensor(ids), self.pad_id)
 
     def seek(self, epoch: int, sample: int) -> None:
         """Make the next iteration begin at this sample of the epoch; all ranks together."""
@@ -141,22 +146,25 @@ class ValidationSequences:
     def __len__(self) -> int:
         return self._info.validation.sequences
 
-    def batch(self, ids: Sequence[int], size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T) tokens, (B, T) targets, (B,) sample ids, B = `size`: the sequences, then padding of id -1."""
-        rows = np.full((size, self._info.seq_len + 1), self._info.pad_id)
-        for row, at in zip(rows, ids, strict=False):
-            row[:] = self._tokens(at)
-        sample_ids = torch.full((size,), -1)
-        sample_ids[: len(ids)] = torch.tensor(ids)
-        return (*_input_and_targets(rows, self._info.pad_id), sample_ids)
+    def batch(self, ids: Sequence[int], size: int) -> Collated:
+        """As TrainingSequences.collate, B = `size`: the sequences, then padding of id -1."""
+        empty: Sample = dict.fromkeys(self._info.columns, 0)
+        empty[COLUMN] = np.full(self._info.seq_len + 1, self._info.pad_id)
+        fill = size - len(ids)
+        sample_ids = torch.tensor([*ids, *[-1] * fill], dtype=torch.int64)
+        return _collated([*map(self._sample, ids), *[empty] * fill], sample_ids, self._info.pad_id)
 
-    def _tokens(self, at: int) -> Any:
+    def _sample(self, at: int) -> Sample:
         shard, sample = self._spanner[at]
-        return self._shards[shard][sample][COLUMN]
+        return self._shards[shard][sample]
 
 
-def _input_and_targets(rows: np.ndarray, pad_id: int) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) tokens to (B, T) inputs and (B, T) targets."""
-    tokens = torch.from_numpy(rows.astype(np.int64))
-    targets = tokens[:, 1:]
-    return tokens[:, :-1].contiguous(), targets.masked_fill(targets == pad_id, IGNORE_INDEX)
+def _collated(samples: Sequence[Sample], ids: Tensor, pad_id: int) -> Collated:
+    columns = {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples]).astype(np.int64))
+        for name in samples[0]
+    }
+    rows = columns[COLUMN]
+    targets = rows[:, 1:]
+    columns[COLUMN] = rows[:, :-1].contiguous()
+    return targets.masked_fill(targets == pad_id, IGNORE_INDEX), ids, columns

@@ -6,22 +6,28 @@ Light to import: torch and streaming are loaded when a stream is made.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from data.config import DataConfig
-from data.dataset import open_dataset
+from data.dataset import COLUMN, open_dataset
 from data.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+    from data.sequences import Collated
+
+SEEDS = "seeds"
+"""The input that no data set has: (B,) int64, for a model that draws random numbers."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences, and what comes after each of their tokens."""
+    """Sequences: what the model takes, and what it is to say."""
 
-    tokens: "torch.Tensor"
-    """(B, T) int64."""
+    inputs: dict[str, "torch.Tensor"]
+    """By the names of the model's arguments, (B, ...) each; for a decoder `tokens` (B, T) int64."""
     targets: "torch.Tensor"
     """(B, T) int64; -100 where not scored."""
     sample_ids: "torch.Tensor"
@@ -29,14 +35,15 @@ class Batch:
 
     def micro_batches(self, size: int) -> Iterator["Batch"]:
         """Successive batches of `size` sequences; the last may be smaller."""
-        for begin in range(0, len(self.tokens), size):
+        for begin in range(0, len(self.targets), size):
             chosen = slice(begin, begin + size)
-            yield Batch(self.tokens[chosen], self.targets[chosen], self.sample_ids[chosen])
+            inputs = {name: values[chosen] for name, values in self.inputs.items()}
+            yield Batch(inputs, self.targets[chosen], self.sample_ids[chosen])
 
     def to(self, device: "torch.device | str") -> "Batch":
         """The batch on a device."""
         return Batch(
-            self.tokens.to(device, non_blocking=True),
+            {name: values.to(device, non_blocking=True) for name, values in self.inputs.items()},
             self.targets.to(device, non_blocking=True),
             self.sample_ids.to(device, non_blocking=True),
         )
@@ -50,15 +57,23 @@ class TrainingStream:
     sequences are left over differs from epoch to epoch.
     """
 
-    def __init__(self, config: DataConfig, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        rank: int,
+        world_size: int,
+        inputs: tuple[str, ...] = (COLUMN,),
+    ) -> None:
         """Every process of the group makes one, together; all of its `rank` (of `world_size` data ranks) read
-        the same.
+        the same. inputs: the columns that batches shall have, and `seeds`, which are a function of
+        (seed, batch, sample).
 
         Raises:
             InputError: no data set, too small a one, or a batch that the ranks can't share.
         """
         info = open_dataset(config.path)
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._inputs = config, seed, inputs
         self._batches_per_epoch = info.train.sequences // config.global_batch_size
         if config.global_batch_size % world_size:
             raise InputError(
@@ -83,7 +98,7 @@ class TrainingStream:
             seed=seed,
         )
         self._loader = make_loader(self._sequences, config.num_workers)
-        self._iterator: Iterator[list[torch.Tensor]] | None = None
+        self._iterator: Iterator[Collated] | None = None
         self._batches = 0
 
     def __iter__(self) -> "TrainingStream":
@@ -98,7 +113,7 @@ class TrainingStream:
             self._iterator = iter(self._loader)
             batch = next(self._iterator)
         self._batches += 1
-        return Batch(*batch)
+        return _batch(batch, self._inputs, f"{self._seed}/{self._batches}")
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last batch that was taken: the same on all ranks, and for any number of them."""
@@ -133,13 +148,19 @@ class TrainingStream:
 
 
 def validation_batches(
-    path: str, batch_size: int, rank: int, world_size: int, limit: int | None = None
+    path: str,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    limit: int | None = None,
+    inputs: tuple[str, ...] = (COLUMN,),
 ) -> Iterator[Batch]:
     """This data rank's batches of the validation split, in a fixed order.
 
     With `limit`, of so many sequences, evenly spread over the split, whose neighbours are alike.
     Over all ranks each sequence comes exactly once. Every rank gets equally many batches of `batch_size`; the last
-    are filled up with sequences without targets, of id -1.
+    are filled up with sequences without targets, of id -1. inputs: as in TrainingStream; the seeds are a function
+    of the sample.
     """
     from data.sequences import ValidationSequences
 
@@ -147,7 +168,22 @@ def validation_batches(
     count = len(sequences) if limit is None else min(limit, len(sequences))
     ids = [at * len(sequences) // count for at in range(count)]
     for begin in range(rank * batch_size, count + rank * batch_size, world_size * batch_size):
-        yield Batch(*sequences.batch(ids[begin : begin + batch_size], batch_size))
+        yield _batch(sequences.batch(ids[begin : begin + batch_size], batch_size), inputs, "validation")
+
+
+def _batch(collated: "Collated", inputs: tuple[str, ...], draw: str) -> Batch:
+    """What of the columns is asked for, and a seed for each sample of this `draw`."""
+    targets, ids, columns = collated
+    if SEEDS in inputs:
+        columns = columns | {SEEDS: _seeds(draw, ids)}
+    return Batch({name: columns[name] for name in inputs}, targets, ids)
+
+
+def _seeds(draw: str, ids: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    digests = (blake2b(f"{draw}/{at}".encode(), digest_size=8).digest() for at in ids.tolist())
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
 def _check_processes() -> None:

@@ -1,14 +1,13 @@
 """From a configuration to a model."""
 
-from model.config import ModelConfig
-from model.transformer import Transformer
+from model.config import BaseModelConfig
+from model.model import Model
+from model.models import model_class
 
-MODELS: dict[str, type[Transformer]] = {"transformer": Transformer}
 
-
-def build_model(config: ModelConfig) -> Transformer:
+def build_model(config: BaseModelConfig) -> Model:
     """The model that `config.type` names, on torch's default device and dtype (see `initialize` for weights).
 
     Raises ValueError if `config.vocab_size` is unset.
     """
-    return MODELS[config.type](config)
+    return model_class(config.type)(config)

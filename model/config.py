@@ -1,6 +1,7 @@
 """The `model` section of the configuration. Imports pydantic only, so that reading a config is fast."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -11,6 +12,7 @@ from model.section import SECTION, Rate, known, largest_divisor
 
 __all__ = [
     "AttentionConfig",
+    "BaseModelConfig",
     "FeedForwardConfig",
     "LossConfig",
     "MoEConfig",
@@ -18,7 +20,17 @@ __all__ = [
     "NormConfig",
     "PositionalConfig",
     "known",
+    "with_defaults",
 ]
+
+
+def with_defaults(values: Any, defaults: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What a model type's own `defaults` of its sections make of the values that a user gives."""
+    if not isinstance(values, Mapping):
+        return values
+    sections = {name: values.get(name, {}) for name in defaults}
+    merged = {name: {**defaults[name], **s} for name, s in sections.items() if isinstance(s, Mapping)}
+    return {**values, **merged}
 
 
 class FeedForwardConfig(BaseModel):
@@ -71,23 +83,44 @@ class NormConfig(BaseModel):
     """Norm before each sub-layer, after its residual sum, or before and after the sub-layer."""
 
 
-class ModelConfig(BaseModel):
-    """A decoder. Values left unset are filled in here, so that what is shown and saved is complete."""
+class BaseModelConfig(BaseModel):
+    """What the configuration of every model has."""
 
     model_config = SECTION
 
-    type: Literal["transformer"] = "transformer"
-    """Which model: the decoder."""
+    type: str
+    """Which model; see `model.models`."""
     vocab_size: PositiveInt | None = None
-    """Rows of the embedding. Unset: the tokenizer's, rounded up to vocab_size_multiple."""
+    """Rows of the embedding. Unset: the data's vocabulary, rounded up to vocab_size_multiple."""
     vocab_size_multiple: PositiveInt = 128
-    """What a vocabulary taken from the tokenizer is rounded up to."""
+    """What a vocabulary taken from the data is rounded up to."""
     d_model: PositiveInt = 512
     """Width of the residual stream."""
     num_layers: PositiveInt = 6
     """Blocks."""
     max_seq_len: PositiveInt = 2048
     """Longest sequence in training, tokens; learned positions can't go past it."""
+    init: Literal["gpt2", "xavier"] = "gpt2"
+    """gpt2: normal weights; xavier: uniform ones for linear layers, by their widths, normal embeddings."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of normal initial weights."""
+    residual_scaled_init: bool = True
+    """Divide the initial weights of projections into the residual stream by sqrt(2 * num_layers) (GPT-2)."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The arguments of `loss_sum` beside the targets: columns of the data, or `seeds`.
+
+        seeds (B,) int64 are a function of (run seed, step, sequence), for a model that draws random numbers.
+        """
+        return ("tokens",)
+
+
+class ModelConfig(BaseModelConfig):
+    """A transformer. Values left unset are filled in here, so that what is shown and saved is complete."""
+
+    type: str = "transformer"
+    """Which model; see `model.models`."""
     attention: AttentionConfig = AttentionConfig()
     positional: PositionalConfig = PositionalConfig()
     ffn: FeedForwardConfig = FeedForwardConfig()
@@ -101,12 +134,6 @@ class ModelConfig(BaseModel):
     """Attention and feed-forward side by side on the same normalized input (PaLM, GPT-J)."""
     dropout: Rate = 0.0
     """Dropout of the embeddings and of each sub-layer's output."""
-    init: Literal["gpt2", "xavier"] = "gpt2"
-    """gpt2: normal weights; xavier: uniform ones for linear layers, by their widths, normal embeddings."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of normal initial weights."""
-    residual_scaled_init: bool = True
-    """Divide the initial weights of projections into the residual stream by sqrt(2 * num_layers) (GPT-2)."""
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from model.build import MODELS
-from model.config import ModelConfig
+from model.config import BaseModelConfig
+from model.models import model_class
 
 
 class ParameterCount(NamedTuple):
@@ -18,17 +18,17 @@ class ParameterCount(NamedTuple):
     active: int
 
 
-def parameter_count(config: ModelConfig) -> ParameterCount:
+def parameter_count(config: BaseModelConfig) -> ParameterCount:
     """Parameters of `build_model(config)`, a tied weight once."""
-    cost = MODELS[config.type].cost(config, config.max_seq_len)
+    cost = model_class(config.type).cost(config, config.max_seq_len)
     active = cost.parameters - cost.idle
     return ParameterCount(cost.parameters, cost.embedding, cost.parameters - cost.embedding, active)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: BaseModelConfig, seq_len: int) -> float:
     """FLOPs of one token's forward and backward (3 forwards) in sequences of `seq_len`.
 
     Matrix multiplications and attention, 2 per multiply-add; causal attention counts half of the square, a
     window its band; of experts those that a token is routed to.
     """
-    return 3 * MODELS[config.type].cost(config, seq_len).flops
+    return 3 * model_class(config.type).cost(config, seq_len).flops

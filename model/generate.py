@@ -1,16 +1,16 @@
 """Generation, token by token. B batch, T prompt, V vocabulary."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from model.cache import KeyValueCache
-from model.transformer import Transformer
+from model.transformer import Trunk
 
 
 def generate(
-    model: Transformer,
+    model: Trunk,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -18,8 +18,10 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_token: int | None = None,
+    vocab_size: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Prompt tokens (B, T) int64 -> (B, T + n), n <= max_new_tokens; see `stream`."""
     new = stream(
@@ -30,14 +32,16 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         stop_token=stop_token,
+        vocab_size=vocab_size,
         generator=generator,
         use_cache=use_cache,
+        inputs=inputs,
     )
     return torch.cat([tokens, *new], dim=1)
 
 
 def stream(
-    model: Transformer,
+    model: Trunk,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -45,13 +49,16 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_token: int | None = None,
+    vocab_size: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield each new (B, 1) as it comes.
 
     temperature 0 takes the likeliest token. A row that made stop_token goes on with stop_tokens; the end is
-    when all rows have. Dropout is off. Of a sharded model every rank must ask for the same.
+    when all rows have. Only tokens below vocab_size are drawn, since the model's own may be padded. inputs:
+    what the model takes beside the tokens. Dropout is off. Of a sharded model every rank must ask for the same.
     Raises ValueError, before anything is generated, if the model or an argument can't do it.
     """
     _check(model, tokens, max_new_tokens, temperature, top_k, top_p)
@@ -62,7 +69,9 @@ def stream(
             cache = KeyValueCache(model.config, tokens.shape[1] + max_new_tokens)
         stopped = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            logits = _last_logits(model, seen if cache is None else unread, cache)
+            logits = _last_logits(model, seen if cache is None else unread, cache, inputs or {})[
+                :, :vocab_size
+            ]
             unread = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if stop_token is not None:
                 unread = unread.masked_fill(stopped, stop_token)
@@ -105,19 +114,21 @@ def sample(
 
 
 @torch.no_grad()
-def _last_logits(model: Transformer, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+def _last_logits(
+    model: Trunk, tokens: Tensor, cache: KeyValueCache | None, inputs: Mapping[str, Tensor]
+) -> Tensor:
     """(B, V) logits of the last token. Not compiled: every step has another shape."""
     training = model.training
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            return model(tokens, cache=cache, last_only=True)[:, -1]
+            return model(tokens, **inputs, cache=cache, last_only=True)[:, -1]
     finally:
         model.train(training)
 
 
 def _check(
-    model: Transformer,
+    model: Trunk,
     tokens: Tensor,
     max_new_tokens: int,
     temperature: float,
@@ -142,7 +153,7 @@ def _check(
         if not fine:
             raise ValueError(f"{name}={value}: it must be {allowed}")
     limit, wanted = model.positions.limit, tokens.shape[1] + max_new_tokens
-    if limit is not None and wanted > limit:
+    if limit is not None and wanted > limit + 1:  # the last token is made, and not read
         raise ValueError(
             f"a prompt of {tokens.shape[1]} and max_new_tokens={max_new_tokens} make {wanted} tokens, past "
             f"the {limit} learned positions of this model (model.max_seq_len): shorten one of them"

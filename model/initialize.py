@@ -6,14 +6,20 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import BaseModelConfig
 from model.weights import Init, Weight, declared_weights
 
 ROWS_PER_BLOCK = 128
 
 
 def initial_rows(
-    name: str, weight: Weight, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int, stop: int
+    name: str,
+    weight: Weight,
+    shape: tuple[int, ...],
+    config: BaseModelConfig,
+    seed: int,
+    start: int,
+    stop: int,
 ) -> Tensor:
     """Rows [start, stop) of the parameter `name` of `shape`, fp32 on the CPU.
 
@@ -38,7 +44,7 @@ def initial_rows(
 
 
 def _fill(
-    values: Tensor, init: Init, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator
+    values: Tensor, init: Init, shape: tuple[int, ...], config: BaseModelConfig, generator: torch.Generator
 ) -> None:
     """Draw some rows of a random parameter of `shape`.
 
@@ -57,7 +63,7 @@ def _fill(
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
     """Fill a one-device model in place: weights by the scheme of config.init, biases and buffers zero, norms one."""
     weights = declared_weights(model)
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
-"""The decoder. B batch, T sequence, D d_model, V vocabulary."""
+"""The decoder, and what all transformers share. B batch, T sequence, D d_model, V vocabulary."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,34 @@ from model.config import LossConfig, ModelConfig, MoEConfig, known
 from model.cost import Cost, linear_cost
 from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss, token_loss_sum
 from model.masks import make_mask
+from model.model import Model
 from model.moe import MoE, add_gradient_of, auxiliary_sum
 from model.norms import NORMS
 from model.positions import POSITIONS, places_in_documents
 from model.router import Routing
 from model.weights import Weight
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-class Transformer(nn.Module):
+
+class Hidden(NamedTuple):
+    """What the head takes, (B, T, D), and the routing of each layer with experts."""
+
+    states: Tensor
+    routings: list[Routing]
+
+
+class Trunk(Model):
     """Embedding, blocks, norm, head. A tied head is the embedding's weight, without a module.
 
     With norm placement post there is no last norm, since every block ends in one.
     Weights are torch's defaults until `model.initialize.initialize` fills them.
     """
 
+    config: ModelConfig
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is unset: give the tokenizer's size, 32000 for example")
         self.config = config
@@ -42,84 +54,41 @@ class Transformer(nn.Module):
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         )
 
-    def forward(
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
+        return tokens @ self.embedding.weight if tokens.is_floating_point() else self.embedding(tokens)
+
+    def _run(
         self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        *,
-        loss_func: Callable[[Tensor, Tensor], Tensor] | None = None,
-        document_ids: Tensor | None = None,
-        padding: Tensor | None = None,
+        embeddings: Tensor,
         cache: KeyValueCache | None = None,
-        last_only: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """tokens (B, T) int64 -> logits (B, T, V), or (B, 1, V) with last_only, in the weights' dtype.
-
-        With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX, or what
-        loss_func(logits (B * T, V), targets (B * T,)) returns, such as F.cross_entropy.
-        document_ids (B, T) int64: tokens see their own document, a run of one id, and positions restart in it.
-        padding (B, T) bool: tokens that no token sees, True where padded; positions count the others.
-        With a cache: tokens go on from those that the cache holds.
-        Raises ValueError past the learned positions, for document_ids with a cache, and where the attention
-        kernel asked for can't do it.
-        """
-        hidden, routings = self._hidden(tokens, cache, document_ids, padding)
-        logits = F.linear(hidden[:, -1:] if last_only else hidden, self._head_weight())
-        if targets is None:
-            return logits
-        if loss_func is None:
-            loss = mean_loss(logits.flatten(0, 1), targets.flatten(), self._loss_config())
-        else:
-            loss = loss_func(logits.flatten(0, 1), targets.flatten(0, 1))
-        if routings:
-            scored = (targets != IGNORE_INDEX).sum(dim=1)
-            loss = add_gradient_of(loss, auxiliary_sum(routings, scored) / scored.sum())
-        return logits, loss
-
-    def loss_sum(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        *,
         document_ids: Tensor | None = None,
         padding: Tensor | None = None,
-    ) -> Tensor:
-        """Sum of the token losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T).
+        *,
+        prefix: Tensor | None = None,
+    ) -> Hidden:
+        """Embeddings (B, T, D) -> what the head takes, (B, T, D), and the routing of each layer with experts.
 
-        A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. In training,
-        z-loss and label smoothing of config.loss are in it; of the experts' auxiliary losses only the
-        gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
+        prefix (B, P, D): what is put before the first token, without a position of its own in the embeddings,
+        and left out again at the end.
         """
-        hidden, routings = self._hidden(tokens, None, document_ids, padding)
-        loss = token_loss_sum(
-            hidden.flatten(0, 1), self._head_weight(), targets.flatten(), self._loss_config()
-        )
-        if not routings:
-            return loss
-        return add_gradient_of(loss, auxiliary_sum(routings, (targets != IGNORE_INDEX).sum(dim=1)))
-
-    def _loss_config(self) -> LossConfig:
-        return self.config.loss if self.training else CROSS_ENTROPY
-
-    def _hidden(
-        self, tokens: Tensor, cache: KeyValueCache | None, document_ids: Tensor | None, padding: Tensor | None
-    ) -> tuple[Tensor, list[Routing]]:
-        """(B, T) -> (B, T, D), ready for the head, and the routing of each layer with experts."""
         routings: list[Routing] = []
-        offset, length = 0 if cache is None else cache.length, tokens.shape[1]
-        queries = keys = range(offset, offset + length)
+        offset, length = 0 if cache is None else cache.length, embeddings.shape[1]
         if cache is not None:
             if document_ids is not None:
                 raise ValueError("document_ids can't go with a cache, which holds one document in each row")
-            keys, padding = cache.keys(length), cache.add_padding(padding, tokens)
+            padding = cache.add_padding(padding, embeddings[..., 0])
         places = places_in_documents(length, offset, document_ids, padding)
-        x = self.positions.embed(self.embedding(tokens), offset, places)
+        x = self.positions.embed(embeddings, offset, places)
+        if prefix is not None:
+            x = torch.cat((prefix, x), dim=1)
+        queries = range(offset, offset + x.shape[1])
         x = F.dropout(x, self.config.dropout, self.training)
         rotation = self.positions.rotation(x, offset)
         mask = make_mask(
             self.config.attention,
             queries,
-            keys,
+            queries if cache is None else cache.keys(length),
             x,
             bias=self.positions.bias(x),
             heads=self.positions.heads,
@@ -134,7 +103,47 @@ class Transformer(nn.Module):
                 routings.append(routing)
                 if self.training and torch.is_grad_enabled():
                     cast(MoE, block.feedforward).record(routing)
-        return (x if self.norm is None else self.norm(x)), routings
+        x = x if prefix is None else x[:, prefix.shape[1] :]
+        return Hidden(x if self.norm is None else self.norm(x), routings)
+
+    def _logits(
+        self,
+        hidden: Hidden,
+        targets: Tensor | None,
+        *,
+        loss_func: LossFunction | None = None,
+        last_only: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V), or (B, 1, V) with last_only; with targets (B, T) also the mean loss.
+
+        loss_func(logits (B * T, V), targets (B * T, ...)) may say what the loss is, of targets of other kinds too.
+        """
+        states, routings = hidden
+        logits = F.linear(states[:, -1:] if last_only else states, self._head_weight())
+        if targets is None:
+            return logits
+        if loss_func is None:
+            loss = mean_loss(logits.flatten(0, 1), targets.flatten(), self._loss_config())
+        else:
+            loss = loss_func(logits.flatten(0, 1), targets.flatten(0, 1))
+        if routings:
+            tokens = targets if targets.dim() == 2 else targets[..., 0]
+            scored = (tokens != IGNORE_INDEX).sum(dim=1)
+            loss = add_gradient_of(loss, auxiliary_sum(routings, scored) / scored.sum())
+        return logits, loss
+
+    def _loss_sum(self, hidden: Hidden, targets: Tensor) -> Tensor:
+        """The sum of the losses over targets (B, T), without the logits of all tokens at once."""
+        states, routings = hidden
+        loss = token_loss_sum(
+            states.flatten(0, 1), self._head_weight(), targets.flatten(), self._loss_config()
+        )
+        if not routings:
+            return loss
+        return add_gradient_of(loss, auxiliary_sum(routings, (targets != IGNORE_INDEX).sum(dim=1)))
+
+    def _loss_config(self) -> LossConfig:
+        return self.config.loss if self.training else CROSS_ENTROPY
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
@@ -144,18 +153,6 @@ class Transformer(nn.Module):
         if self.head is not None:
             weights["head.weight"] = Weight("vocabulary", "normal")
         return weights
-
-    @staticmethod
-    def cost(config: ModelConfig, seq_len: int) -> Cost:
-        table = known(config.vocab_size) * config.d_model
-        head = linear_cost(config.d_model, known(config.vocab_size))
-        cost = Cost(parameters=table, embedding=table) + POSITIONS[config.positional.encoding].cost(config)
-        with_experts = len(config.moe_layers)
-        cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
-        if with_experts:
-            cost += Block.cost(config, seq_len, moe=True) * with_experts
-        cost += Cost(flops=head.flops) if config.tie_embeddings else head
-        return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
 
     def __repr__(self) -> str:
         config, attention = self.config, self.config.attention
@@ -172,7 +169,69 @@ class Transformer(nn.Module):
             counts += f"{_in_words(cost.parameters - cost.idle)} active, "
             parts.insert(3, _describe(config.moe, len(config.moe_layers), config.num_layers))
         counts += f"{_in_words(cost.parameters - cost.embedding)} non-embedding"
-        return f"Transformer({counts}; {', '.join(parts)})\n{super().__repr__()}"
+        return f"{type(self).__name__}({counts}; {', '.join(parts)})\n{super().__repr__()}"
+
+
+class Transformer(Trunk):
+    """The decoder: from tokens to the logits of the next ones."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        loss_func: LossFunction | None = None,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """tokens (B, T) int64 -> logits (B, T, V), or (B, 1, V) with last_only, in the weights' dtype.
+
+        For tokens also distributions over the vocabulary, (B, T, V).
+        With targets (B, T) int64: (logits, loss), the mean over targets that are not IGNORE_INDEX, or what
+        loss_func(logits (B * T, V), targets (B * T,)) returns, such as F.cross_entropy.
+        document_ids (B, T) int64: tokens see their own document, a run of one id, and positions restart in it.
+        padding (B, T) bool: tokens that no token sees, True where padded; positions count the others.
+        With a cache: tokens go on from those that the cache holds.
+        Raises ValueError past the learned positions, for document_ids with a cache, and where the attention
+        kernel asked for can't do it.
+        """
+        hidden = self._run(self.embed(tokens), cache, document_ids, padding)
+        return self._logits(hidden, targets, loss_func=loss_func, last_only=last_only)
+
+    def loss_sum(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the token losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T).
+
+        A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. In training,
+        z-loss and label smoothing of config.loss are in it; of the experts' auxiliary losses only the
+        gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
+        """
+        return self._loss_sum(self._run(self.embed(tokens), None, document_ids, padding), targets)
+
+    @staticmethod
+    def cost(config: ModelConfig, seq_len: int) -> Cost:
+        return trunk_cost(config, seq_len)
+
+
+def trunk_cost(config: ModelConfig, seq_len: int) -> Cost:
+    """Of what all transformers share."""
+    table = known(config.vocab_size) * config.d_model
+    head = linear_cost(config.d_model, known(config.vocab_size))
+    cost = Cost(parameters=table, embedding=table) + POSITIONS[config.positional.encoding].cost(config)
+    with_experts = len(config.moe_layers)
+    cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
+    if with_experts:
+        cost += Block.cost(config, seq_len, moe=True) * with_experts
+    cost += Cost(flops=head.flops) if config.tie_embeddings else head
+    return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
 
 
 def _describe(moe: MoEConfig, layers: int, num_layers: int) -> str:

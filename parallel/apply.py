@@ -4,7 +4,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.build import build_model
-from model.config import ModelConfig
+from model.config import BaseModelConfig
 from parallel.activation_checkpoint import checkpoint_activations
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.fsdp import ShardedModel, master_dtype, shard
@@ -12,7 +12,7 @@ from parallel.initialize import initialize_shards, place_buffers
 
 
 def lay_out(
-    model_config: ModelConfig,
+    model_config: BaseModelConfig,
     parallel: ParallelConfig,
     precision: Precision,
     activation_checkpoint: ActivationCheckpointConfig,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from model.config import ModelConfig
+from model.config import BaseModelConfig
 from model.loss import IGNORE_INDEX
 from model.moe import ExpertStatistics, expert_statistics, take_expert_counts, update_balance
 from parallel.apply import lay_out
@@ -26,8 +26,8 @@ class Batch(Protocol):
     """One rank's share of a global batch."""
 
     @property
-    def tokens(self) -> Tensor:
-        """(B, T) int64."""
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model takes beside the targets, (B, ...) each, by the names of its arguments."""
 
     @property
     def targets(self) -> Tensor:
@@ -45,7 +45,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        model_config: ModelConfig,
+        model_config: BaseModelConfig,
         parallel: ParallelConfig,
         precision: Precision,
         activation_checkpoint: ActivationCheckpointConfig,
@@ -93,7 +93,7 @@ class TorchEngine:
             # replicas are summed once, after the last.
             self.model.set_requires_gradient_sync(last or self.layout.dp_shard > 1)
             self.model.set_requires_all_reduce(last)
-            loss_sum = self.model.loss_sum(micro_batch.tokens, micro_batch.targets)
+            loss_sum = self.model.loss_sum(**micro_batch.inputs, targets=micro_batch.targets)
             (loss_sum * self.loss_scale.scale / count).backward()
             total += loss_sum.detach()
         dist.all_reduce(total)
@@ -139,7 +139,7 @@ class TorchEngine:
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:
             batch = batch.to(self.device)
-            sums[0] += self.model.loss_sum(batch.tokens, batch.targets)
+            sums[0] += self.model.loss_sum(**batch.inputs, targets=batch.targets)
             sums[1] += (batch.targets != IGNORE_INDEX).sum()
         dist.all_reduce(sums)
         self.model.train()

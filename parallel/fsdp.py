@@ -28,7 +28,7 @@ COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
 class ShardedModel(FSDPModule, nn.Module):
     """What `fully_shard` turns a model into: both at once, for the type checker."""
 
-    loss_sum: Callable[[Tensor, Tensor], Tensor]
+    loss_sum: Callable[..., Tensor]
 
 
 def master_dtype(precision: Precision) -> torch.dtype:

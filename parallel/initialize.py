@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from model.config import ModelConfig
+from model.config import BaseModelConfig
 from model.initialize import initial_rows
 from model.weights import declared_weights
 
@@ -18,7 +18,7 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def initialize_shards(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize_shards(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
     """Fill the local shard of every parameter in place, bit-equal to the same cut of the whole parameter.
 
     The values are a function of (seed, parameter name, index) alone; see `model.initialize`. Buffers, which

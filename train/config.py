@@ -2,10 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    model_validator,
+)
 
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.config import BaseModelConfig, ModelConfig
+from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from train.duration import parse_seconds
 
@@ -116,7 +125,7 @@ class Config(Section):
     """The whole tree. `train.config_file` reads it from YAML; `train.resolve` fills in what depends on data."""
 
     run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
+    model: Annotated[SerializeAsAny[BaseModelConfig], BeforeValidator(parse_model)] = ModelConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from model.models import MODELS, config_class
 from train.config import Config
 from train.errors import ConfigError
 
@@ -147,7 +148,8 @@ def _explain(error: Any, values: Values) -> str:
     where = f"{source}: " if source and source != "command line" else ""
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}unknown key {key!r}{_suggest_key(location)}"
+            model_type, _ = values.get("model.type", ("transformer", ""))
+            return f"{where}unknown key {key!r}{_suggest_key(location, model_type)}"
         case "missing":
             return f"{key!r} is missing: set it in the configuration or as {key}=VALUE"
         case "value_error":
@@ -156,10 +158,10 @@ def _explain(error: Any, values: Values) -> str:
     return f"{where}{key}={error['input']!r}: {message}"
 
 
-def _suggest_key(location: list[str]) -> str:
+def _suggest_key(location: list[str], model_type: str) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        inner = _section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+        inner = _section(section, part, model_type)
         if inner is None:
             return ""
         section = inner
@@ -167,7 +169,7 @@ def _suggest_key(location: list[str]) -> str:
     close = _suggest(location[-1], section.model_fields, prefix)
     if close:
         return close
-    elsewhere = [key for key in all_keys(Config) if key.split(".")[-1] == location[-1]]
+    elsewhere = [key for key in all_keys(Config, model_type) if key.split(".")[-1] == location[-1]]
     if elsewhere:
         return f": did you mean {' or '.join(repr(key) for key in elsewhere)}?"
     return f": known here are {', '.join(section.model_fields)}"
@@ -178,16 +180,23 @@ def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, in order."""
+def all_keys(section: type[BaseModel], model_type: str = "transformer", prefix: str = "") -> list[str]:
+    """Every dotted key that a tree with this type of model may have, in order."""
     keys = []
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
+    for name in section.model_fields:
+        inner = _section(section, name, model_type)
         if inner is not None:
-            keys += all_keys(inner, f"{prefix}{name}.")
+            keys += all_keys(inner, model_type, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _section(parent: type[BaseModel], name: str, model_type: str) -> type[BaseModel] | None:
+    """The class of the section `name` of a section; None where it is a value, or nothing."""
+    if parent is Config and name == "model" and isinstance(model_type, str) and model_type in MODELS:
+        return config_class(model_type)
+    return _section_of(parent.model_fields[name].annotation) if name in parent.model_fields else None
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.convert.architecture import export_weights, import_weights
 from model.convert.choose import choose, read_config
+from model.errors import ConversionError
 from parallel.processes import process_group
 from train import checkpoint
 from train.checkpoint_folder import Progress
@@ -46,7 +47,12 @@ def export_run(run: str, out: Path) -> str:
         RunError: no such run, or `out` exists.
     """
     loaded = load_run(run)
-    architecture, theirs = choose(loaded.config.model)
+    model = loaded.config.model
+    if not isinstance(model, ModelConfig) or model.type != "transformer":
+        raise ConversionError(
+            f"no architecture of transformers holds model.type={model.type}: export a run of type transformer"
+        )
+    architecture, theirs = choose(model)
     _make_folder(out)
     tokenizer = loaded.tokenizer
     theirs |= {
@@ -56,7 +62,7 @@ def export_run(run: str, out: Path) -> str:
         "torch_dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
     }
     _write_json(out / "config.json", theirs)
-    tensors = export_weights(architecture, loaded.config.model, dict(loaded.model.named_parameters()))
+    tensors = export_weights(architecture, model, dict(loaded.model.named_parameters()))
     save_file(
         {name: tensor.detach() for name, tensor in tensors.items()},
         out / "model.safetensors",

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import ImageCodesInfo, open_dataset
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
-from model.transformer import Transformer
+from model.transformer import Trunk
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.processes import pick_device, process_group
@@ -19,10 +20,11 @@ from train import checkpoint, checkpoint_folder
 from train.config import Config, EvaluationConfig
 from train.config_file import Loaded
 from train.errors import RunError
-from train.evaluate import encode_prompt, validation_loss
+from train.evaluate import validation_loss
 from train.resolve import resolve
 from train.run import make_engine
 from train.run_folder import RunFolder, open_run
+from train.samples import Choice, encode_prompt
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +65,21 @@ def evaluate_run(path: str, sequences: int | None) -> Evaluation:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model in the run's compute dtype, with its tokenizer."""
+    """A trained model in the run's compute dtype, with what makes sense of its tokens."""
 
-    model: Transformer
-    tokenizer: Tokenizer
+    model: Trunk
+    vocabulary: Tokenizer | ImageCodesInfo
     config: Config
     device: torch.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a run on text. Raises RunError for another."""
+        if not isinstance(self.vocabulary, Tokenizer):
+            raise RunError(
+                f"{self.vocabulary.path} makes pictures, which have no tokenizer: give a run on text"
+            )
+        return self.vocabulary
 
 
 def load_run(path: str) -> LoadedRun:
@@ -83,38 +94,35 @@ def load_run(path: str) -> LoadedRun:
         model = build_model(config.model)
     if config.precision == "fp64":
         model.double()
+    assert isinstance(model, Trunk)
     model.to_empty(device=device)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load_tensors(_newest(folder), tensors)
     for parameter in model.parameters():  # buffers stay in fp32, as in training
         parameter.data = parameter.data.to(COMPUTE_DTYPE[config.precision])
-    return LoadedRun(model.eval(), Tokenizer.load(folder.tokenizer), config, device)
+    return LoadedRun(model.eval(), _vocabulary(folder), config, device)
 
 
-def continuation(
-    run: LoadedRun,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> Iterator[str]:
+def _vocabulary(folder: RunFolder) -> Tokenizer | ImageCodesInfo:
+    info = open_dataset(folder.path) if folder.dataset.is_file() else None  # an imported run has none
+    return info if isinstance(info, ImageCodesInfo) else Tokenizer.load(folder.tokenizer)
+
+
+def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choice) -> Iterator[str]:
     """The text that goes on from `prompt`, piece by piece, up to the document's end."""
-    ids = encode_prompt(run.tokenizer, prompt).to(run.device)
-    generator = torch.Generator(run.device).manual_seed(seed)
-    decoder = run.tokenizer.incremental_decoder()
+    tokenizer = run.tokenizer
+    decoder = tokenizer.incremental_decoder()
     try:
         tokens = stream(
             run.model,
-            ids,
+            encode_prompt(tokenizer, prompt).to(run.device),
             max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_token=run.tokenizer.eos_id,
-            generator=generator,
+            temperature=choice.temperature,
+            top_k=choice.top_k,
+            top_p=choice.top_p,
+            stop_token=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
+            generator=torch.Generator(run.device).manual_seed(choice.seed),
         )
     except ValueError as error:  # what this model can't generate
         raise RunError(str(error)) from None

@@ -8,11 +8,13 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from data.codebook import write_png
 from train.config import Config
 from train.duration import format_seconds
 from train.metrics import Metrics
 from train.resolve import Plan
 from train.run_folder import RunFolder, to_yaml
+from train.samples import Pictures, Sample
 
 
 class Listener(Protocol):
@@ -21,8 +23,8 @@ class Listener(Protocol):
     def step(self, metrics: Metrics) -> None:
         """A step is done."""
 
-    def sample(self, step: int, text: str) -> None:
-        """A text was generated."""
+    def sample(self, step: int, sample: Sample) -> None:
+        """Text or pictures were generated."""
 
     def close(self) -> None:
         """The run stops."""
@@ -39,10 +41,10 @@ class Monitor:
         for listener in self.listeners:
             listener.step(metrics)
 
-    def sample(self, step: int, text: str) -> None:
-        """A text was generated."""
+    def sample(self, step: int, sample: Sample) -> None:
+        """Text or pictures were generated."""
         for listener in self.listeners:
-            listener.sample(step, text)
+            listener.sample(step, sample)
 
     def close(self) -> None:
         """The run stops."""
@@ -52,7 +54,7 @@ class Monitor:
 
 def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
     """The listeners that the configuration asks for, of a run that goes on from step `start`."""
-    listeners: list[Listener] = [JsonLines(folder.metrics)]
+    listeners: list[Listener] = [JsonLines(folder.metrics), SampleFiles(folder.samples)]
     if plan.config.monitor.tensorboard:
         listeners.append(TensorBoard(folder.tensorboard, plan.config, start))
     if sys.stdout.isatty():
@@ -72,12 +74,31 @@ class JsonLines:
         """Append a line."""
         self.file.write(json.dumps(metrics.values()) + "\n")
 
-    def sample(self, step: int, text: str) -> None:
+    def sample(self, step: int, sample: Sample) -> None:
         """Samples have no place here."""
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+class SampleFiles:
+    """samples/: a PNG for each sample of pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def step(self, metrics: Metrics) -> None:
+        """Steps have no place here."""
+
+    def sample(self, step: int, sample: Sample) -> None:
+        """Write pictures; text is in TensorBoard."""
+        if isinstance(sample, Pictures):
+            self.folder.mkdir(exist_ok=True)
+            write_png(sample.pixels, self.folder / f"step-{step:08d}.png")
+
+    def close(self) -> None:
+        """Nothing is pending."""
 
 
 class TensorBoard:
@@ -110,9 +131,12 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
 
-    def sample(self, step: int, text: str) -> None:
-        """Write the sample, in which Markdown has no meaning."""
-        self.writer.add_text("sample", "".join(f"    {line}\n" for line in text.splitlines()), step)
+    def sample(self, step: int, sample: Sample) -> None:
+        """Write the sample; in text, Markdown has no meaning."""
+        if isinstance(sample, Pictures):
+            self.writer.add_image("sample", sample.pixels, step, dataformats="HWC")
+        else:
+            self.writer.add_text("sample", "".join(f"    {line}\n" for line in sample.splitlines()), step)
 
     def close(self) -> None:
         """Write what is pending."""
@@ -132,9 +156,9 @@ class PlainLines:
             of = f"/{self.total_steps}" if self.total_steps else ""
             print(f"step {metrics.step}{of}  {describe(metrics, self.total_steps)}", flush=True)
 
-    def sample(self, step: int, text: str) -> None:
+    def sample(self, step: int, sample: Sample) -> None:
         """Print the sample."""
-        print(f"sample at step {step}:\n{text}", flush=True)
+        print(_describe_sample(step, sample), flush=True)
 
     def close(self) -> None:
         """Nothing is pending."""
@@ -158,13 +182,19 @@ class ProgressLine:
         if metrics.validation_loss is not None:
             self.progress.console.print(text, highlight=False)
 
-    def sample(self, step: int, text: str) -> None:
+    def sample(self, step: int, sample: Sample) -> None:
         """Print the sample above the bar."""
-        self.progress.console.print(f"sample at step {step}:\n{text}", markup=False, highlight=False)
+        self.progress.console.print(_describe_sample(step, sample), markup=False, highlight=False)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         self.progress.stop()
+
+
+def _describe_sample(step: int, sample: Sample) -> str:
+    if isinstance(sample, Pictures):
+        return f"sample at step {step}: samples/step-{step:08d}.png in the run's folder"
+    return f"sample at step {step}:\n{sample}"
 
 
 def describe(metrics: Metrics, total_steps: int | None) -> str:

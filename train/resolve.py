@@ -3,8 +3,11 @@
 import os
 from dataclasses import dataclass
 
-from data.dataset import DatasetInfo, open_dataset
+from data.dataset import DatasetInfo, ImageCodesInfo, TextInfo, open_dataset
+from data.stream import SEEDS
 from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
 from parallel.layout import Layout, resolve_layout
 from train.config import Config
@@ -49,7 +52,9 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
         ConfigError, LayoutError, InputError: what doesn't fit, and what would.
     """
     dataset = open_dataset(loaded.config.data.path)
+    _check_inputs(loaded.config, dataset)
     config, sources = _fill_in_vocabulary(loaded, dataset)
+    config, sources = _fill_in_classes(Loaded(config, sources), dataset)
     if config.model.max_seq_len < dataset.seq_len:
         raise ConfigError(
             f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {config.data.path} "
@@ -74,6 +79,31 @@ def wanted_world_size(config: Config) -> int:
     return max(torch.cuda.device_count(), config.parallel.dp_replicate)
 
 
+def _check_inputs(config: Config, dataset: DatasetInfo) -> None:
+    missing = set(config.model.inputs) - {*dataset.columns, SEEDS}
+    if missing:
+        raise ConfigError(
+            f"model.type={config.model.type} takes {', '.join(sorted(missing))}, but {config.data.path} holds "
+            f"{', '.join(dataset.columns)} ({dataset.kind}): choose another data.path or model.type"
+        )
+
+
+def _fill_in_classes(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
+    config, model = loaded.config, loaded.config.model
+    if not isinstance(model, ImageCodesConfig) or not isinstance(dataset, ImageCodesInfo):
+        return config, loaded.sources
+    classes = len(dataset.class_names)
+    if model.class_conditional and model.num_classes is None:
+        filled = config.model_copy(update={"model": model.model_copy(update={"num_classes": classes})})
+        return filled, loaded.sources | {"model.num_classes": config.data.path}
+    if model.num_classes is not None and model.num_classes < classes:
+        raise ConfigError(
+            f"model.num_classes={model.num_classes} is less than the {classes} classes of {config.data.path}: leave "
+            f"it out, or set at least {classes}"
+        )
+    return config, loaded.sources
+
+
 def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
     config, model = loaded.config, loaded.config.model
     if model.vocab_size is None:
@@ -84,7 +114,7 @@ def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, d
         return filled, loaded.sources | {"model.vocab_size": source}
     if model.vocab_size < dataset.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {dataset.vocab_size} "
+            f"model.vocab_size={model.vocab_size} is smaller than the {dataset.vocab_size} tokens "
             f"of {config.data.path}: leave it out, or set at least {dataset.vocab_size}"
         )
     return config, loaded.sources
@@ -93,15 +123,17 @@ def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, d
 def _check_samples(config: Config, dataset: DatasetInfo) -> None:
     """A sample that the model can't generate would otherwise end the run when it is due."""
     settings, model = config.evaluation, config.model
-    if settings.sample_every_steps is None:
+    if settings.sample_every_steps is None or not isinstance(model, ModelConfig):
         return
-    if model.attention.mask_type == "bidirectional":
+    refines = model.type == "flow_matching"
+    if model.attention.mask_type == "bidirectional" and not refines:
         raise ConfigError(
-            "evaluation.sample_every_steps: a model with model.attention.mask_type=bidirectional generates no text: "
-            "leave it out"
+            f"evaluation.sample_every_steps: a model of type {model.type} with "
+            f"model.attention.mask_type=bidirectional generates nothing: leave it out"
         )
-    if model.positional.encoding == "learned":
-        prompt = len(Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)) or 1
+    if model.positional.encoding == "learned" and isinstance(dataset, TextInfo):
+        encoded = Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)
+        prompt = len(encoded) or (0 if refines else 1)
         if prompt + settings.sample_tokens > model.max_seq_len:
             raise ConfigError(
                 f"evaluation.sample_tokens={settings.sample_tokens} after a prompt of {prompt} tokens goes past the "
@@ -110,7 +142,7 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
 
 
 def _check_kernel(config: Config) -> None:
-    if config.model.attention.kernel != "flex":
+    if not isinstance(config.model, ModelConfig) or config.model.attention.kernel != "flex":
         return
     import torch  # only here: it takes seconds
 

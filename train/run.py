@@ -2,25 +2,23 @@
 
 import logging
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from data.stream import TrainingStream
-from data.tokenizer import Tokenizer
 from model.count import flops_per_token
-from model.transformer import Transformer
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
 from parallel.mesh import make_mesh
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
-from train.evaluate import sample_text, validation_loss
+from train.evaluate import validation_loss
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
 from train.resolve import Plan
 from train.run_folder import RunFolder, drop_metrics_after, folder_of
+from train.samples import make_sample
 from train.trainer import Hooks, Trainer
 
 log = logging.getLogger(__name__)
@@ -35,7 +33,9 @@ def run(plan: Plan, device: torch.device) -> int:
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
     engine = make_engine(plan, device)
-    stream = TrainingStream(config.data, config.run.seed, dist.get_rank(), dist.get_world_size())
+    stream = TrainingStream(
+        config.data, config.run.seed, dist.get_rank(), dist.get_world_size(), config.model.inputs
+    )
     start = _resume(folder, engine, stream)
     log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0])
     log.info(
@@ -120,16 +120,7 @@ def _make_hooks(
         log.debug("saved %s", path)
 
     def sample(step: int) -> None:
-        tokenizer = Tokenizer.load(folder.tokenizer)
-        settings = config.evaluation
-        text = sample_text(
-            cast(Transformer, engine.model),
-            tokenizer,
-            settings.sample_prompt,
-            settings.sample_tokens,
-            config.run.seed,
-            engine.device,
-        )
-        monitor.sample(step, text)
+        made = make_sample(engine.model, plan.dataset, config.evaluation, config.run.seed, engine.device)
+        monitor.sample(step, made)
 
     return Hooks(save, lambda: validation_loss(engine, config), sample)

@@ -33,6 +33,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.dataset = path / "dataset.json"
         self.tokenizer = path / "tokenizer.model"
+        self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
@@ -92,8 +93,8 @@ def create(folder: RunFolder, plan: Plan) -> None:
         for path in (folder.checkpoints, folder.tensorboard, folder.logs):
             path.mkdir(parents=True, exist_ok=True)
         folder.config.write_text(to_yaml(plan.config))
-        folder.dataset.write_text(json.dumps({"digest": plan.dataset.digest}) + "\n")
-        shutil.copyfile(plan.dataset.tokenizer_path, folder.tokenizer)
+        for name in ("dataset.json", *plan.dataset.files):
+            shutil.copyfile(plan.dataset.path / name, folder.path / name)
     except OSError as error:
         raise RunError(
             f"{folder.path} can't be written: {error.strerror}: set run.dir to a folder that can"

@@ -57,10 +57,11 @@ def test_a_batch_is_input_targets_and_ids(prepared: DatasetInfo) -> None:
 
     seen: set[int] = set()
     for batch in validation_batches(str(prepared.path), 2, 0, 1):
-        assert batch.tokens.shape == batch.targets.shape == (2, prepared.seq_len)
-        assert {batch.tokens.dtype, batch.targets.dtype, batch.sample_ids.dtype} == {torch.int64}
+        (tokens,) = batch.inputs.values()
+        assert tokens.shape == batch.targets.shape == (2, prepared.seq_len)
+        assert {tokens.dtype, batch.targets.dtype, batch.sample_ids.dtype} == {torch.int64}
         scored = batch.targets[:, :-1] != -100
-        assert torch.equal(batch.targets[:, :-1][scored], batch.tokens[:, 1:][scored])
+        assert torch.equal(batch.targets[:, :-1][scored], tokens[:, 1:][scored])
         assert not (batch.targets == prepared.pad_id).any()
         seen.update(batch.sample_ids.tolist())
     scored_tokens = sum(
@@ -72,12 +73,13 @@ def test_a_batch_is_input_targets_and_ids(prepared: DatasetInfo) -> None:
 
 def test_micro_batches_and_devices() -> None:
     rows = torch.arange(10).view(5, 2)
-    batch = Batch(rows, rows + 1, torch.arange(5))
+    batch = Batch({"tokens": rows, "classes": torch.arange(5)}, rows + 1, torch.arange(5))
     parts = list(batch.micro_batches(2))
-    assert [len(part.tokens) for part in parts] == [2, 2, 1]
+    assert [len(part.targets) for part in parts] == [2, 2, 1]
+    assert [part.inputs["classes"].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
     assert torch.equal(torch.cat([part.sample_ids for part in parts]), batch.sample_ids)
-    assert batch.to("meta").tokens.device.type == "meta"
+    assert batch.to("meta").inputs["tokens"].device.type == "meta"
 
 
 def test_an_epoch_reads_each_sequence_at_most_once(
@@ -168,7 +170,7 @@ def test_validation_covers_the_split_once(prepared: DatasetInfo, size: int, limi
     path = str(prepared.path)
     shares = [list(validation_batches(path, 3, rank, size, limit)) for rank in range(size)]
     assert len({len(batches) for batches in shares}) == 1
-    assert all(len(batch.tokens) == 3 for batches in shares for batch in batches)
+    assert all(len(batch.targets) == 3 for batches in shares for batch in batches)
     ids = [at for batches in shares for batch in batches for at in batch.sample_ids.tolist()]
     whole = prepared.validation.sequences
     wanted = min(limit or whole, whole)
@@ -255,5 +257,5 @@ def test_what_killed_runs_leave_is_removed_and_what_living_ones_use_is_not(prepa
     assert not [name for name in _segments() if name.startswith(killed)]
     assert not list(Path("/tmp").glob(f"{killed}_*_filelock"))
     assert f"{_prefix(living)}_locals" in _segments()
-    assert len(next(living).tokens) == BATCH
+    assert len(next(living).targets) == BATCH
     living.close()

@@ -67,9 +67,9 @@ def test_past_max_seq_len_where_positions_go_on(model):
 def test_learned_positions_end():
     model = build(config_of({"positional.encoding": "learned"}))
     prompt = random_tokens(CONFIG, 1, 30)
-    assert generate(model, prompt, 2).shape == (1, 32)
-    with pytest.raises(ValueError, match=r"33 tokens, past the 32 learned positions .*max_seq_len"):
-        stream(model, prompt, 3)
+    assert generate(model, prompt, 3).shape == (1, 33), "the last token is made, and needs no position"
+    with pytest.raises(ValueError, match=r"34 tokens, past the 32 learned positions .*max_seq_len"):
+        stream(model, prompt, 4)
     with pytest.raises(ValueError, match=r"33 tokens goes past the 32 learned positions"):
         model(random_tokens(CONFIG, 1, 33))
 
@@ -125,3 +125,8 @@ def test_half_precision_logits_are_sampled_in_fp32():
     logits = torch.zeros(1, 4096, dtype=torch.bfloat16)
     drawn = sample(logits.expand(2000, -1), top_p=0.5, generator=torch.Generator().manual_seed(0))
     assert len(drawn.unique()) > 500
+
+
+def test_only_tokens_below_vocab_size_are_drawn(model):
+    start = random_tokens(CONFIG, 3, 4)
+    assert (generate(model, start, 12, temperature=5.0, vocab_size=7)[:, 4:] < 7).all()

@@ -37,6 +37,11 @@ class TokenBatch:
     tokens: torch.Tensor
     targets: torch.Tensor
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes."""
+        return {"tokens": self.tokens}
+
     def micro_batches(self, size: int) -> Any:
         """Cuts of `size` sequences."""
         for start in range(0, len(self.tokens), size):

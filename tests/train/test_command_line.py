@@ -85,7 +85,7 @@ def test_same_run_under_the_users_launcher(tiny_config: str, tmp_path: Path) -> 
     [
         ("data.path=nowhere", "nowhere"),
         ("data.pth=x", "did you mean 'data.path'?"),
-        ("model.vocab_size=7", "model.vocab_size=7 is smaller than the tokenizer's 300"),
+        ("model.vocab_size=7", "model.vocab_size=7 is smaller than the 300 tokens"),
         ("model.max_seq_len=16", "model.max_seq_len=16 is shorter than the sequences"),
         ("model.attention.kernel=flex", "kernel=flex can't train on a CPU"),
         ("data.global_batch_size=9", "data.global_batch_size"),

@@ -150,6 +150,7 @@ def test_what_a_run_writes_down_reads_back(write, tmp_path: Path) -> None:
 def test_all_keys_are_documented() -> None:
     from pydantic import BaseModel
 
+    from model.models import MODELS, config_class
     from train.config import Config
 
     def undocumented(section: type[BaseModel]) -> list[str]:
@@ -163,3 +164,5 @@ def test_all_keys_are_documented() -> None:
 
     assert undocumented(Config) == []
     assert {"model.attention.num_heads", "model.moe.num_experts"} <= set(all_keys(Config))
+    for model_type in MODELS:
+        assert undocumented(config_class(model_type)) == []

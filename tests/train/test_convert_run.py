@@ -15,6 +15,7 @@ from train.convert_run import export_run, import_run
 from train.errors import RunError
 from train.evaluate_run import continuation, load_run
 from train.run_folder import RunFolder
+from train.samples import Choice
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,7 @@ def run(pools: dict[int, WorkerPool], tiny_config: str, tmp_path_factory: pytest
 
 def text_of(run: Path) -> str:
     """What a run generates, greedily."""
-    settings = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
-    return "".join(continuation(load_run(str(run)), "The trireme", 12, **settings))  # type: ignore[arg-type]
+    return "".join(continuation(load_run(str(run)), "The trireme", 12, Choice(temperature=0.0)))
 
 
 def test_exported_run_loads_in_transformers_with_equal_logits_and_tokens(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`trireme prepare`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,14 @@ import typer
 
 if TYPE_CHECKING:
     from data.prepare import PrepareReport, Progress
+
+
+class Kind(StrEnum):
+    """What a source holds."""
+
+    TEXT = "text"
+    IMAGES = "images"
+    CODES = "codes"
 
 
 def prepare(
@@ -32,11 +41,32 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(help="Processes; left out, as many as cores where the corpus is large.")
     ] = None,
+    kind: Annotated[
+        Kind, typer.Option(help="What the source holds: text, images, or codes of a codebook of yours.")
+    ] = Kind.TEXT,
+    labels: Annotated[
+        str | None, typer.Option(help="Images and codes: an .npy of classes, where the source is an .npy.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Images: resize files to so many pixels of height and width.")
+    ] = None,
+    patch_size: Annotated[int, typer.Option(help="Images: pixels of height and width for one code.")] = 4,
+    codebook_size: Annotated[int, typer.Option(help="Images: codes, found by k-means.")] = 512,
 ) -> None:
     """Make a data set: text to tokenizer to token shards. Interrupted, it goes on where it stopped.
 
+    Of images, a codebook of patches is learned, and they become sequences of codes. They are a folder of PNG and
+    JPEG files, each class in a folder of its own, or an .npz with `images` and `labels`.
+
     Example: `trireme prepare --source 'texts/**/*.txt' --out datasets/mine --vocab-size 8192`
+
+    Example: `trireme prepare --kind images --source pictures/ --image-size 32 --out datasets/pictures`
     """
+    if kind != Kind.TEXT:
+        _prepare_pictures(
+            kind, source, out, labels, patch_size, codebook_size, image_size, validation_fraction
+        )
+        return
     from data.prepare import prepare as make
 
     with _Shown() as progress:
@@ -52,6 +82,40 @@ def prepare(
             progress=progress,
         )
     _print(report)
+
+
+def _prepare_pictures(
+    kind: Kind,
+    source: list[str],
+    out: Path,
+    labels: str | None,
+    patch_size: int,
+    codebook_size: int,
+    image_size: int | None,
+    validation_fraction: float,
+) -> None:
+    from data.errors import InputError
+    from data.prepare_pictures import prepare_pictures
+
+    if len(source) != 1:
+        raise InputError(
+            f"--source {' '.join(source)}: of {kind} there is one source: name one folder or file"
+        )
+    info = prepare_pictures(
+        source[0],
+        out,
+        kind="images" if kind == Kind.IMAGES else "codes",
+        labels=labels,
+        patch_size=patch_size,
+        codebook_size=codebook_size,
+        image_size=image_size,
+        validation_fraction=validation_fraction,
+    )
+    print(
+        f"{info.train.documents:,} pictures for training, {info.validation.documents:,} for validation, of "
+        f"{info.height} x {info.width} codes of {info.start_id:,}, in {len(info.class_names)} classes"
+    )
+    print(f"next: trireme train image_codes data.path={info.path} run.steps=1000")
 
 
 _WORDS = {"tokenizer": "training the tokenizer", "tokens": "tokenizing"}

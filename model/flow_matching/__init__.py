@@ -1,0 +1,1 @@
+"""Flow matching on tokens: a bidirectional transformer that refines noise into text."""

@@ -1,0 +1,1 @@
+"""A decoder over the codes of pictures, given their class."""
