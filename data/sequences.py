@@ -3,6 +3,7 @@
 import atexit
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import COLUMN, DatasetInfo
+from data.shared_memory import choosing_names
 from data.shims import let_streaming_import
 
 let_streaming_import()
@@ -47,18 +49,22 @@ class TrainingSequences(StreamingDataset):
         shuffle: bool,
         seed: int,
     ) -> None:
-        super().__init__(
-            local=str(info.path),
-            split="train",
-            batch_size=batch_size,
-            epoch_size=epoch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            num_canonical_nodes=_CANONICAL_NODES,
-            # streaming's own defaults, which it would announce in every process
-            predownload=8 * batch_size,
-            shuffle_block_size=4_000_000,
-        )
+        # Across nodes no lock: runs that share two nodes could wait for each other.
+        processes = World.detect()
+        chooses = processes.is_local_leader and processes.num_nodes == 1
+        with choosing_names() if chooses else nullcontext():
+            super().__init__(
+                local=str(info.path),
+                split="train",
+                batch_size=batch_size,
+                epoch_size=epoch_size,
+                shuffle=shuffle,
+                shuffle_seed=seed,
+                num_canonical_nodes=_CANONICAL_NODES,
+                # streaming's own defaults, which it would announce in every process
+                predownload=8 * batch_size,
+                shuffle_block_size=4_000_000,
+            )
         self.pad_id = info.pad_id
         self._positions: list[SharedMemory] = []
         # Processes coordinate as what they are (`_unique_rank_world`, from the environment) and read as the data

@@ -1,8 +1,11 @@
 """Removing the shared memory that killed runs left behind."""
 
+import fcntl
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -12,8 +15,20 @@ _SEGMENT = re.compile(
 _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 
 
+@contextmanager
+def choosing_names() -> Iterator[None]:
+    """Keep this user's other processes on this node from choosing or removing segments meanwhile.
+
+    streaming takes the first free number; two runs that start in the same instant would take the same.
+    """
+    lock = Path(tempfile.gettempdir()) / f"trireme-{os.getuid()}-shared-memory.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed, or the process ends
+        yield
+
+
 def clean_stale_shared_memory() -> list[str]:
-    """Remove this user's streaming segments that no living process has mapped, and lock files without segments.
+    """Remove this user's streaming segments of runs that no living process has mapped, and lock files without any.
 
     Call it in one process of each node, before the ranks start. streaming has a function of this name too; that
     one stops at the first free number, so that most segments stay, and removes those of living runs.
@@ -21,9 +36,15 @@ def clean_stale_shared_memory() -> list[str]:
     """
     if not _SHARED_MEMORY.is_dir():
         return []
+    with choosing_names():
+        return _clean()
+
+
+def _clean() -> list[str]:
     segments = [path for path in _SHARED_MEMORY.iterdir() if _SEGMENT.fullmatch(path.name) and _ours(path)]
-    mapped = _mapped() if segments else set()
-    stale = [path for path in segments if str(path) not in mapped]
+    # A run's short-lived segments are at times mapped by no process, but its others are: it lives or dies whole.
+    alive = {Path(name).name[:6] for name in _mapped()} if segments else set()
+    stale = [path for path in segments if path.name[:6] not in alive]
     for path in stale:
         path.unlink(missing_ok=True)
     in_use = {name[:6] for name in os.listdir(_SHARED_MEMORY) if _SEGMENT.fullmatch(name)}  # noqa: PTH208
