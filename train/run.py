@@ -37,7 +37,7 @@ def run(plan: Plan, device: torch.device) -> int:
         config.data, config.run.seed, dist.get_rank(), dist.get_world_size(), config.model.inputs
     )
     start = _resume(folder, engine, stream)
-    log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0])
+    log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0].removeprefix("FSDP"))
     log.info(
         "%d process(es), %s, %s; %s tokens a step, %s",
         dist.get_world_size(),
