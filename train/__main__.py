@@ -11,10 +11,12 @@ def main(arguments: list[str]) -> None:
         print("usage: torchrun ... -m train CONFIG [key.path=value ...]", file=sys.stderr)
         sys.exit(2)
     with told_in_one_line():
+        from parallel.processes import end_process
         from train.config_file import load_config
         from train.worker import work
 
         work(load_config(arguments[0], arguments[1:]))
+        end_process()
 
 
 if __name__ == "__main__":

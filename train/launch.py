@@ -26,9 +26,11 @@ def launch(config: str, overrides: Sequence[str]) -> None:
     clean_stale_shared_memory()
     processes = plan.layout.world_size
     if processes == 1 or "RANK" in os.environ:
-        from train.worker import work  # only now: torch takes seconds
+        from parallel.processes import end_process  # only now: torch takes seconds
+        from train.worker import work
 
-        return work(loaded)
+        work(loaded)
+        end_process()
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

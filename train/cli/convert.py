@@ -29,8 +29,10 @@ def import_(
 
     Example: `trireme import llama-hf --out runs/llama`
     """
+    from parallel.processes import end_process
     from train.convert_run import import_run
 
     model = import_run(source, out, data)
     print(f"{out}: {model.num_layers} layers of {model.d_model}, vocabulary {model.vocab_size}")
     print(f"next: trireme generate {out}, or trireme train {out}/config.yaml data.path={data} run.steps=1000")
+    end_process()

@@ -15,7 +15,9 @@ def evaluate(
 
     Example: `trireme evaluate runs/demo`
     """
+    from parallel.processes import end_process
     from train.evaluate_run import evaluate_run
 
     result = evaluate_run(run, sequences)
     print(f"step {result.step}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
+    end_process()
