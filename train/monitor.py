@@ -153,8 +153,7 @@ class PlainLines:
         """Print a line, where it is time."""
         due = metrics.step % self.every == 0 or metrics.step == self.total_steps
         if due or metrics.validation_loss is not None:
-            of = f"/{self.total_steps}" if self.total_steps else ""
-            print(f"step {metrics.step}{of}  {describe(metrics, self.total_steps)}", flush=True)
+            print(describe(metrics, self.total_steps), flush=True)
 
     def sample(self, step: int, sample: Sample) -> None:
         """Print the sample."""
@@ -176,8 +175,7 @@ class ProgressLine:
 
     def step(self, metrics: Metrics) -> None:
         """Move the bar; a validation loss stays on the screen as a line."""
-        of = f"/{self.total_steps}" if self.total_steps else ""
-        text = f"step {metrics.step}{of}  {describe(metrics, self.total_steps)}"
+        text = describe(metrics, self.total_steps)
         self.progress.update(self.task, completed=metrics.step, description=text)
         if metrics.validation_loss is not None:
             self.progress.console.print(text, highlight=False)
@@ -199,7 +197,9 @@ def _describe_sample(step: int, sample: Sample) -> str:
 
 def describe(metrics: Metrics, total_steps: int | None) -> str:
     """A step in one line."""
+    of = f"/{total_steps}" if total_steps else ""
     parts = [
+        f"step {metrics.step}{of}",
         f"loss {metrics.loss:.4f}",
         f"lr {metrics.lr:.2e}",
         f"norm {metrics.grad_norm:.2f}",
@@ -208,7 +208,7 @@ def describe(metrics: Metrics, total_steps: int | None) -> str:
         f"{metrics.memory_bytes / 2**30:.2f} GiB",
     ]
     if metrics.validation_loss is not None:
-        parts.insert(1, f"validation {metrics.validation_loss:.4f}")
+        parts.insert(2, f"validation {metrics.validation_loss:.4f}")
     if total_steps is not None:
         parts.append(f"ETA {format_seconds((total_steps - metrics.step) * metrics.step_seconds)}")
     return "  ".join(parts)

@@ -6,21 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.shims import let_streaming_import
 
-def define_torchvision_operators() -> list[torch.library.Library]:
-    """Define the operators whose lack breaks `import torchvision` beside a CPU build of torch.
-
-    The libraries returned must be kept alive.
-    """
-    libraries = []
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            libraries.append(torch.library.Library("torchvision", "FRAGMENT"))
-            libraries[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return libraries
-
-
-LIBRARIES = define_torchvision_operators()
+let_streaming_import()  # transformers imports torchvision as streaming does
 
 from transformers import (  # noqa: E402
     DeepseekV3Config,
