@@ -22,5 +22,10 @@ class Model(nn.Module):
     cost: Callable[..., Cost]
     """cost(config, seq_len): of the whole model, static."""
 
+    @property
+    def stacks(self) -> list[list[nn.Module]]:
+        """The blocks in runs through each of which one sequence of tokens goes."""
+        return [list(self.blocks)]
+
     def __init__(self, config: BaseModelConfig) -> None:
         super().__init__()

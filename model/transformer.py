@@ -110,12 +110,11 @@ class Trunk(Model):
             queries if cache is None else cache.keys(x.shape[1]),
             x,
             bias=self.positions.bias(x),
-            heads=self.positions.heads,
+            heads=self.positions.heads if part is None else self.positions.part_heads,
             documents=document_ids,
             padding=padding,
             cached=cache is not None,
         )
-        mask = mask._replace(part=part)
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotation, None if cache is None else cache.layers[index])
             if isinstance(x, tuple):
