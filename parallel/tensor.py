@@ -62,13 +62,13 @@ def share_out(model: Model, group: dist.ProcessGroup, *, sequence_parallel: bool
         tokens = Tokens(group)
         if sequence_parallel:
             share_tokens |= {id(module) for module in _inside(stack)}
-            _share_tokens(stack[0], stack[-1], tokens)
+            _share_tokens(stack[0], stack[-1], tokens, draws=_draws(model))
         for module in _inside(stack):
             if isinstance(module, MoE):
                 route_whole_sequences(module.router, tokens)
                 if not sequence_parallel:
                     share_tokens |= {id(inner) for inner in module.modules()}
-                    _share_tokens(module, module, tokens)
+                    _share_tokens(module, module, tokens, draws=_draws(model))
         for module in _inside(stack):
             if _is_region(module):
                 _make_region(module, group, tokens if id(module) in share_tokens else None)
@@ -169,7 +169,13 @@ def _summed(linear: nn.Linear, leave: Callable[[Tensor], Tensor]) -> Callable[[T
     return forward
 
 
-def _share_tokens(first: nn.Module, last: nn.Module, tokens: Tokens) -> None:
+def _draws(model: Model) -> bool:
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    return max(config.dropout, config.attention.dropout, config.ffn.dropout) > 0
+
+
+def _share_tokens(first: nn.Module, last: nn.Module, tokens: Tokens, *, draws: bool) -> None:
     """Between the entrance of `first` and the exit of `last` each rank works on its share of the tokens."""
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -182,6 +188,7 @@ def _share_tokens(first: nn.Module, last: nn.Module, tokens: Tokens) -> None:
             return tokens.join(x), *others
         return tokens.join(output)
 
-    OwnDraws(tokens.group).between(first, last)
+    if draws:
+        OwnDraws(tokens.group).between(first, last)
     first.register_forward_pre_hook(enter)
     last.register_forward_hook(leave)

@@ -71,12 +71,13 @@ def make_engine(
     """An engine in a worker process."""
     settings = dict(parallel)
     checkpointing = settings.pop("activation_checkpoint", {"mode": "none"})
+    compiled = settings.pop("compile", False)
     return TorchEngine(
         ModelConfig.model_validate(merged(MODEL, model)),
         ParallelConfig(**layout, **settings),
         precision,  # type: ignore[arg-type]
         ActivationCheckpointConfig(**checkpointing),
-        CompileConfig(enabled=settings.pop("compile", False)),
+        CompileConfig(enabled=compiled),
         mesh=Mesh(Layout(**layout), "cpu"),
         device=torch.device("cpu"),
         make_optimizer=optimizer,
