@@ -66,7 +66,7 @@ def stream(
     def run() -> Iterator[Tensor]:
         cache, seen, unread = None, tokens, tokens
         if use_cache:
-            cache = KeyValueCache(model.config, tokens.shape[1] + max_new_tokens)
+            cache = model.make_cache(tokens.shape[1] + max_new_tokens)
         stopped = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             logits = _last_logits(model, seen if cache is None else unread, cache, inputs or {})[
@@ -122,7 +122,7 @@ def _last_logits(
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            return model(tokens, **inputs, cache=cache, last_only=True)[:, -1]
+            return model(tokens=tokens, **inputs, cache=cache, last_only=True)[:, -1]
     finally:
         model.train(training)
 

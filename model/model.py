@@ -1,6 +1,6 @@
 """What every model is to those who train it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -14,13 +14,18 @@ class Model(nn.Module):
 
     config: BaseModelConfig
     blocks: nn.ModuleList
-    """The unit of sharding, activation checkpointing and compilation; each is called as a module."""
+    """What a sequence goes through, one after another."""
     loss_sum: Callable[..., Tensor]
     """loss_sum(targets (B, T), and config.inputs by name) -> the sum of the losses of scored targets, ()."""
     weights: Callable[[], Mapping[str, Weight]]
     """Declarations of the parameters that belong to no component; see `model.weights`."""
     cost: Callable[..., Cost]
     """cost(config, seq_len): of the whole model, static."""
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The units of sharding, activation checkpointing and compilation; each is called as a module."""
+        return list(self.blocks)
 
     def __init__(self, config: BaseModelConfig) -> None:
         super().__init__()

@@ -31,8 +31,8 @@ def lay_out(
         model = build_model(model_config).to(master_dtype(precision))
     checkpoint_activations(model, activation_checkpoint)
     if compilation.enabled:
-        for block in model.blocks:
-            block.compile()
+        for layer in model.layers:
+            layer.compile()
     sharded = shard(model, mesh, parallel, precision)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
     place_buffers(model, torch.device(mesh.device_type))
