@@ -3,10 +3,11 @@
 import os
 from dataclasses import dataclass
 
-from data.dataset import DatasetInfo, ImageCodesInfo, TextInfo, open_dataset
+from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo, open_dataset
 from data.stream import SEEDS
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
 from parallel.layout import Layout, resolve_layout
@@ -55,6 +56,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_inputs(loaded.config, dataset)
     config, sources = _fill_in_vocabulary(loaded, dataset)
     config, sources = _fill_in_classes(Loaded(config, sources), dataset)
+    config, sources = _fill_in_source(Loaded(config, sources), dataset)
     if config.model.max_seq_len < dataset.seq_len:
         raise ConfigError(
             f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {config.data.path} "
@@ -100,6 +102,23 @@ def _fill_in_classes(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict
         raise ConfigError(
             f"model.num_classes={model.num_classes} is less than the {classes} classes of {config.data.path}: leave "
             f"it out, or set at least {classes}"
+        )
+    return config, loaded.sources
+
+
+def _fill_in_source(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
+    config, model = loaded.config, loaded.config.model
+    if not isinstance(model, EncoderDecoderConfig) or not isinstance(dataset, PairsInfo):
+        return config, loaded.sources
+    if model.max_source_len is None:
+        update = {"max_source_len": dataset.source_len}
+        filled = config.model_copy(update={"model": model.model_copy(update=update)})
+        return filled, loaded.sources | {"model.max_source_len": config.data.path}
+    if model.max_source_len < dataset.source_len:
+        raise ConfigError(
+            f"model.max_source_len={model.max_source_len} is shorter than the sources of {config.data.path} "
+            f"({dataset.source_len} tokens): leave it out, or prepare the data with --source-len "
+            f"{model.max_source_len}"
         )
     return config, loaded.sources
 
