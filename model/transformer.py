@@ -58,6 +58,10 @@ class Trunk(Model):
         """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
         return tokens @ self.embedding.weight if tokens.is_floating_point() else self.embedding(tokens)
 
+    def make_cache(self, capacity: int) -> KeyValueCache:
+        """For generating: room for so many tokens in each row."""
+        return KeyValueCache(self.config, capacity)
+
     def _run(
         self,
         embeddings: Tensor,
