@@ -111,25 +111,21 @@ def test_unknown_settings(model, prompt):
 def test_tokens_of_the_prompt_and_made_ones_are_penalized(model, use_cache):
     prompt = random_tokens(CONFIG, 2, 5)
     made = generate(model, prompt, 20, temperature=0, repetition_penalty=1e9, use_cache=use_cache)
-    for row in made:  # a penalty so large makes what was seen the last choice
+    for row in made:  # as long as there are tokens with positive logits that were not seen
         new = row[5:].tolist()
         assert len(set(new)) == 20 and not set(new) & set(row[:5].tolist())
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_prompts_of_unequal_length_are_continued_as_if_alone(model, use_cache):
+@pytest.mark.parametrize("more", [{}, {"stop_tokens": (7, 9, 11)}, {"repetition_penalty": 1e9}], ids=str)
+def test_prompts_of_unequal_length_are_continued_as_if_alone(model, use_cache, more):
     prompts = [random_tokens(CONFIG, 1, length, seed=length)[0].tolist() for length in (3, 9, 1)]
     tokens, padding = pad_left(prompts)
     assert tokens.shape == (3, 9) and padding.sum(1).tolist() == [6, 0, 8]
-    settings = {
-        "temperature": 0,
-        "repetition_penalty": 3.0,
-        "stop_tokens": (7, 9, 11),
-        "use_cache": use_cache,
-    }
-    made = generate(model, tokens, 12, padding=padding, **settings)
+    settings = {"temperature": 0, "use_cache": use_cache} | more
+    made = generate(model, tokens, 20, padding=padding, **settings)
     for row, prompt in zip(made, prompts, strict=True):
-        alone = generate(model, torch.tensor([prompt]), 12, **settings)[0, len(prompt) :]
+        alone = generate(model, torch.tensor([prompt]), 20, **settings)[0, len(prompt) :]
         assert torch.equal(row[9 : 9 + len(alone)], alone)
 
 
