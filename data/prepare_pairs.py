@@ -81,7 +81,12 @@ def prepare_pairs(
             if not made.documents:
                 count = sum(made.documents for made in splits.values())
                 raise empty_split(split, count, "pairs", validation_fraction)
-        info = replace(info, **splits, digest=digest_of(aside, info.files))
+        info = replace(
+            info,
+            train=splits["train"],
+            validation=splits["validation"],
+            digest=digest_of(aside, info.files),
+        )
         write_dataset(info, {"sources": list(sources), "validation_fraction": validation_fraction})
     return replace(info, path=folder)
 

@@ -19,6 +19,12 @@ class MemoryCache:
     def __init__(self) -> None:
         self.key_value: tuple[Tensor, Tensor] | None = None
 
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (N,) int64."""
+        if self.key_value is not None:
+            key, value = self.key_value
+            self.key_value = key[rows], value[rows]
+
 
 class Memory(NamedTuple):
     """What a block's cross-attention looks at."""

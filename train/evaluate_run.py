@@ -12,6 +12,7 @@ from data.dataset import ImageCodesInfo, open_dataset
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
+from model.sampling import Sampling
 from model.transformer import Trunk
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
@@ -117,11 +118,13 @@ def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choic
             run.model,
             encode_prompt(tokenizer, prompt).to(run.device),
             max_new_tokens,
-            temperature=choice.temperature,
-            top_k=choice.top_k,
-            top_p=choice.top_p,
-            stop_token=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
+            Sampling(
+                temperature=choice.temperature,
+                top_k=choice.top_k,
+                top_p=choice.top_p,
+                stop_tokens=(tokenizer.eos_id,),
+                vocab_size=tokenizer.vocab_size,
+            ),
             generator=torch.Generator(run.device).manual_seed(choice.seed),
         )
     except ValueError as error:  # what this model can't generate

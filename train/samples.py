@@ -158,7 +158,7 @@ def draw_tokens(
             temperature=choice.temperature,
             top_k=choice.top_k,
             top_p=choice.top_p,
-            stop_token=stop_token,
+            stop_tokens=() if stop_token is None else (stop_token,),
             vocab_size=vocab_size,
             generator=generator,
             inputs=inputs,

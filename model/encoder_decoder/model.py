@@ -110,3 +110,12 @@ class DecoderCache(KeyValueCache):
         super().__init__(config, capacity)
         self.memory: Memory | None = None
         self.memory_keys = [MemoryCache() for _ in range(config.num_layers)]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch (N,) int64, in this order, of which some may come more than once."""
+        super().reorder(rows)
+        for keys in self.memory_keys:
+            keys.reorder(rows)
+        if self.memory is not None:
+            states, padding, _ = self.memory
+            self.memory = Memory(states[rows], None if padding is None else padding[rows])

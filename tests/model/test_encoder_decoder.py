@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.beam import Beams, beam_search
 from model.build import build_model
 from model.count import flops_per_token, parameter_count
 from model.encoder_decoder.config import EncoderDecoderConfig
@@ -150,6 +151,27 @@ def test_cached_generation_is_uncached_generation(choice: dict[str, Any]) -> Non
         for use in (True, False)
     ]
     assert torch.equal(*made) and made[0].shape == (3, 14)
+
+
+@every_choice
+def test_beams_with_and_without_cache_and_each_row_its_own(choice: dict[str, Any]) -> None:
+    model = make(choice, seed=1).double()
+    for parameter in model.parameters():
+        parameter.data *= 4
+    source, tokens, _ = random_batch(3)
+    padding = torch.arange(10) >= torch.tensor([[10], [4], [7]])
+    inputs, beams = {"source": source, "source_padding": padding}, Beams(count=3)
+    cached, uncached = (
+        beam_search(model, tokens[:, :1], 6, beams, use_cache=use, inputs=inputs) for use in (True, False)
+    )
+    assert torch.equal(cached.tokens, uncached.tokens)
+    torch.testing.assert_close(cached.scores, uncached.scores)
+    row = {"source": source[1:2, :4]}
+    alone = beam_search(model, tokens[1:2, :1], 6, beams, inputs=row)
+    assert torch.equal(cached.tokens[1:2], alone.tokens)
+    (likely,) = model(source[1:2, :4], alone.tokens[:, 0, :-1])[0].log_softmax(-1).unsqueeze(0)
+    score = likely.gather(1, alone.tokens[0, 0, 1:, None]).mean()
+    assert score.item() == pytest.approx(alone.scores[0, 0].item())
 
 
 def test_with_a_cache_the_source_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

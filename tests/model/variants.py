@@ -87,6 +87,14 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
+def lively(config: ModelConfig) -> Transformer:
+    """In fp64, with weights so large that what is generated depends on all that came before."""
+    model = build(config, seed=1).double()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    return model
+
+
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     assert config.vocab_size is not None
     return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
