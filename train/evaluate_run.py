@@ -25,7 +25,7 @@ from train.evaluate import validation_loss
 from train.resolve import resolve
 from train.run import make_engine
 from train.run_folder import RunFolder, open_run
-from train.samples import Choice, encode_prompt
+from train.samples import Choice, begin
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +113,11 @@ def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choic
     """The text that goes on from `prompt`, piece by piece, up to the document's end."""
     tokenizer = run.tokenizer
     decoder = tokenizer.incremental_decoder()
+    start, inputs = begin(run.model, tokenizer, prompt, run.device)
     try:
         tokens = stream(
             run.model,
-            encode_prompt(tokenizer, prompt).to(run.device),
+            start,
             max_new_tokens,
             Sampling(
                 temperature=choice.temperature,
@@ -126,6 +127,7 @@ def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choic
                 vocab_size=tokenizer.vocab_size,
             ),
             generator=torch.Generator(run.device).manual_seed(choice.seed),
+            inputs=inputs,
         )
     except ValueError as error:  # what this model can't generate
         raise RunError(str(error)) from None

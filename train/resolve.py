@@ -152,7 +152,8 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
         )
     if model.positional.encoding == "learned" and isinstance(dataset, TextInfo):
         encoded = Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)
-        prompt = len(encoded) or (0 if refines else 1)
+        answers = isinstance(model, EncoderDecoderConfig)
+        prompt = 1 if answers else len(encoded) or (0 if refines else 1)
         if prompt + settings.sample_tokens > model.max_seq_len:
             raise ConfigError(
                 f"evaluation.sample_tokens={settings.sample_tokens} after a prompt of {prompt} tokens goes past the "
