@@ -5,7 +5,7 @@ import torch
 from model.build import build_model
 from model.config import BaseModelConfig
 from model.model import Model
-from model.transformer import Trunk
+from model.positions import Positions
 from parallel.activation_checkpoint import checkpoint_activations
 from parallel.collectives import share
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
@@ -41,8 +41,8 @@ def lay_out(
         cuts = _share_work(model, parallel, mesh, context)
     checkpoint_activations(model, activation_checkpoint)
     if compilation.enabled:
-        for block in model.blocks:
-            block.compile()
+        for layer in model.layers:
+            layer.compile()
     sharded = shard(model, mesh, parallel, precision)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
     place_buffers(model, torch.device(mesh.device_type))
@@ -57,14 +57,14 @@ def _share_work(model: Model, parallel: ParallelConfig, mesh: Mesh, context: Con
     cuts = share_out(model, mesh.tp, sequence_parallel=parallel.sequence_parallel)
     if mesh.layout.ep > 1:
         share_experts(model, cuts, mesh.ep)
-    if isinstance(model, Trunk):
-        _share_heads(model, mesh)
+    for module in model.modules():
+        if isinstance(module, Positions):
+            _share_heads(module, mesh)
     return cuts
 
 
-def _share_heads(model: Trunk, mesh: Mesh) -> None:
+def _share_heads(positions: Positions, mesh: Mesh) -> None:
     """A bias on the scores is made for the heads that this rank has."""
-    positions = model.positions
     start, stop = share(len(positions.heads), mesh.tp)
     positions.heads, positions.first_row = range(start, stop), start
     start, stop = share(len(positions.heads), mesh.cp) if mesh.layout.cp > 1 else (0, stop - start)

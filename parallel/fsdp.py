@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 )
 
 from model.experts import Experts
+from model.model import Model
 from parallel.config import ParallelConfig, Precision
 from parallel.mesh import Mesh
 
@@ -38,8 +39,8 @@ def master_dtype(precision: Precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
-    """Shard every block, then what is left (embedding, last norm, head), in place.
+def shard(model: Model, mesh: Mesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
+    """Shard every layer, then what is left (embedding, last norm, head), in place.
 
     Experts that ranks share out are sharded over those that have the same ones. Gradients are summed over the
     ranks, not averaged: the loss is already divided by the global number of targets. Inputs are not cast:
@@ -58,11 +59,11 @@ def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig, precision: Preci
         )
 
     dense = mesh.shards(mesh.dense)
-    for block in cast(nn.ModuleList, model.blocks):
-        for module in block.modules():
+    for layer in model.layers:
+        for module in layer.modules():
             if isinstance(module, Experts) and mesh.layout.ep > 1:
                 shard_over(mesh.shards(mesh.experts), module, config.reshard_after_forward)
-        shard_over(dense, block, config.reshard_after_forward)
+        shard_over(dense, layer, config.reshard_after_forward)
     sharded = cast(ShardedModel, shard_over(dense, model))
     register_fsdp_forward_method(sharded, "loss_sum")
     for module in sharded.modules():

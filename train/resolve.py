@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 from math import prod
 
-from data.dataset import DatasetInfo, ImageCodesInfo, TextInfo, open_dataset
+from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo, open_dataset
 from data.stream import SEEDS
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
 from parallel.fit import check_fit
@@ -57,6 +58,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_inputs(loaded.config, dataset)
     config, sources = _fill_in_vocabulary(loaded, dataset)
     config, sources = _fill_in_classes(Loaded(config, sources), dataset)
+    config, sources = _fill_in_source(Loaded(config, sources), dataset)
     if config.model.max_seq_len < dataset.seq_len:
         raise ConfigError(
             f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {config.data.path} "
@@ -108,6 +110,23 @@ def _fill_in_classes(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict
     return config, loaded.sources
 
 
+def _fill_in_source(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
+    config, model = loaded.config, loaded.config.model
+    if not isinstance(model, EncoderDecoderConfig) or not isinstance(dataset, PairsInfo):
+        return config, loaded.sources
+    if model.max_source_len is None:
+        update = {"max_source_len": dataset.source_len}
+        filled = config.model_copy(update={"model": model.model_copy(update=update)})
+        return filled, loaded.sources | {"model.max_source_len": config.data.path}
+    if model.max_source_len < dataset.source_len:
+        raise ConfigError(
+            f"model.max_source_len={model.max_source_len} is shorter than the sources of {config.data.path} "
+            f"({dataset.source_len} tokens): leave it out, or prepare the data with --source-len "
+            f"{model.max_source_len}"
+        )
+    return config, loaded.sources
+
+
 def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
     config, model = loaded.config, loaded.config.model
     if model.vocab_size is None:
@@ -137,7 +156,8 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
         )
     if model.positional.encoding == "learned" and isinstance(dataset, TextInfo):
         encoded = Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)
-        prompt = len(encoded) or (0 if refines else 1)
+        answers = isinstance(model, EncoderDecoderConfig)
+        prompt = 1 if answers else len(encoded) or (0 if refines else 1)
         if prompt + settings.sample_tokens > model.max_seq_len:
             raise ConfigError(
                 f"evaluation.sample_tokens={settings.sample_tokens} after a prompt of {prompt} tokens goes past the "
