@@ -1,7 +1,7 @@
 """The decoder, and what all transformers share. B batch, T sequence, D d_model, V vocabulary."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,28 +73,43 @@ class Stack(nn.Module):
             if document_ids is not None:
                 raise ValueError("document_ids can't go with a cache, which holds one document in each row")
             padding = cache.add_padding(padding, embeddings[..., 0])
-        offset = part.start if part is not None else 0 if cache is None else cache.length
+        offset = _first_place(part, cache)
+        x = self._enter(embeddings, offset, document_ids, padding, prefix)
+        hidden = self._through_blocks(x, cache, document_ids, padding, part, memories)
+        return self._leave(hidden, 0 if prefix is None else prefix.shape[1])
+
+    def _enter(
+        self,
+        embeddings: Tensor,
+        offset: int = 0,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (B, T, D) of tokens from place `offset` on -> what enters the first block."""
         places = places_in_documents(embeddings.shape[1], offset, document_ids, padding)
         x = self.positions.embed(embeddings, offset, places)
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
-        x = F.dropout(x, self.config.dropout, self.training)
-        x, routings = self._through_blocks(x, offset, cache, document_ids, padding, part, memories)
-        x = x if prefix is None else x[:, prefix.shape[1] :]
-        return Hidden(x if self.norm is None else self.norm(x), routings)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _leave(self, hidden: Hidden, prefix_length: int = 0) -> Hidden:
+        """What leaves the last block -> what the head takes."""
+        x = hidden.states[:, prefix_length:] if prefix_length else hidden.states
+        return Hidden(x if self.norm is None else self.norm(x), hidden.routings)
 
     def _through_blocks(
         self,
         x: Tensor,
-        offset: int,
-        cache: KeyValueCache | None,
-        document_ids: Tensor | None,
-        padding: Tensor | None,
-        part: Part | None,
-        memories: Sequence[Memory] | None,
+        cache: KeyValueCache | None = None,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        part: Part | None = None,
+        memories: Sequence[Memory] | None = None,
     ) -> Hidden:
-        """What enters the first block, (B, T, D), at places from offset on -> what leaves the last."""
+        """What enters the first block, (B, T, D) -> what leaves the last."""
         routings: list[Routing] = []
+        offset = _first_place(part, cache)
         rotation = self.positions.rotation(x, offset)
         queries = range(offset, offset + x.shape[1]) if part is None else range(part.length)
         mask = make_mask(
@@ -119,14 +134,27 @@ class Stack(nn.Module):
         return Hidden(x, routings)
 
 
+def _first_place(part: Part | None, cache: KeyValueCache | None) -> int:
+    if part is not None:
+        return part.start
+    return 0 if cache is None else cache.length
+
+
 class Trunk(Stack, Model):
     """Embedding, blocks, norm, head. A tied head is the embedding's weight, without a module.
 
+    The sum of losses is made in three steps, of which a process may take some: start, middle, finish.
     Weights are torch's defaults until `model.initialize.initialize` fills them.
     """
 
     config: ModelConfig
     blocks: nn.ModuleList
+    prefix_length: ClassVar[int] = 0
+    """Places before the first token's that `start` adds and `finish` leaves out."""
+    entrance: ClassVar[tuple[str, ...]] = ("embedding",)
+    """The modules that `start` alone needs, and `finish` where the head is tied to the embedding."""
+    start: Callable[..., Tensor]
+    """start(what loss_sum takes beside the targets) -> what enters the first block, (B, T, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -137,6 +165,21 @@ class Trunk(Stack, Model):
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         )
+
+    def middle(
+        self,
+        x: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Hidden:
+        """What enters the first block, (B, T, D) -> what leaves the last."""
+        return self._through_blocks(x, None, document_ids, padding, part)
+
+    def finish(self, hidden: Hidden, targets: Tensor, part: Part | None = None) -> Tensor:
+        """What leaves the last block -> the sum of the losses, (); see loss_sum."""
+        return self._loss_sum(self._leave(hidden, self.prefix_length), targets, part)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
@@ -190,8 +233,10 @@ class Trunk(Stack, Model):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def weights(self) -> dict[str, Weight]:
-        weights = {"embedding.weight": Weight("vocabulary", "embedding")}
-        if self.head is not None:
+        weights = {}
+        if isinstance(self.embedding, nn.Embedding):
+            weights["embedding.weight"] = Weight("vocabulary", "embedding")
+        if isinstance(self.head, nn.Linear):
             weights["head.weight"] = Weight("vocabulary", "normal")
         return weights
 
@@ -257,8 +302,21 @@ class Transformer(Trunk):
         gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
         part: the sum over this part of the sequences alone.
         """
+        x = self.start(tokens, document_ids=document_ids, padding=padding, part=part)
+        hidden = self.middle(x, document_ids=document_ids, padding=padding, part=part)
+        return self.finish(hidden, targets, part)
+
+    def start(
+        self,
+        tokens: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
+        """What of loss_sum comes before the blocks."""
         embeddings = self.embed(tokens if part is None else part.of(tokens))
-        return self._loss_sum(self._run(embeddings, None, document_ids, padding, part=part), targets, part)
+        return self._enter(embeddings, _first_place(part, None), document_ids, padding)
 
     @staticmethod
     def cost(config: ModelConfig, seq_len: int) -> Cost:

@@ -16,7 +16,9 @@ def check_fit(layout: Layout, model: BaseModelConfig, seq_len: int) -> None:
         _refuse_all_but_data(layout, model)
         return
     if layout.pp > 1:
-        raise LayoutError(f"parallel.pp={layout.pp}: pipelines aren't built: use parallel.pp=1 and parallel.tp")
+        raise LayoutError(
+            f"parallel.pp={layout.pp}: pipelines aren't built: use parallel.pp=1 and parallel.tp"
+        )
     if layout.tp > 1:
         _check_tensor(layout.tp, model)
     if layout.cp > 1:

@@ -3,7 +3,6 @@
 B batch, S tokens of the source, T of the target, D d_model, V vocabulary.
 """
 
-
 from torch import Tensor, nn
 
 from model.cache import KeyValueCache

@@ -24,6 +24,8 @@ class FlowMatching(Trunk):
     """A transformer in front of whose tokens stands one of the time."""
 
     config: FlowMatchingConfig
+    prefix_length = 1
+    entrance = ("embedding", "time")
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         super().__init__(config)
@@ -45,6 +47,10 @@ class FlowMatching(Trunk):
         where they are IGNORE_INDEX. Embedding is linear, so that the tokens' embeddings are interpolated, and
         nothing of size (B, T, V) is made.
         """
+        return self.finish(self.middle(self.start(seeds, targets)), targets)
+
+    def start(self, seeds: Tensor, targets: Tensor) -> Tensor:
+        """What of loss_sum comes before the blocks."""
         t, noise = self.draw(seeds, targets.shape[1])
         data = targets.where(targets != IGNORE_INDEX, noise)
         if self.config.path == "mixture":
@@ -53,7 +59,7 @@ class FlowMatching(Trunk):
         else:
             start = self.embed(noise)
             between = torch.lerp(start, self.embed(data), t.to(start.dtype)[:, None, None])
-        return self._loss_sum(self._run(between, prefix=self.time(t)), targets)
+        return self._enter(between, prefix=self.time(t))
 
     def draw(self, seeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Times (B,) fp64 and noise (B, length) int64, by sequence."""

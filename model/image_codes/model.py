@@ -20,6 +20,7 @@ class ImageCodes(Trunk):
     """A decoder; to all of its embeddings that of the picture's class is added."""
 
     config: ImageCodesConfig
+    entrance = ("embedding", "classes")
 
     def __init__(self, config: ImageCodesConfig) -> None:
         super().__init__(config)
@@ -53,8 +54,13 @@ class ImageCodes(Trunk):
 
         part: the sum over this part of the sequences alone.
         """
+        x = self.start(tokens, classes, part=part)
+        return self.finish(self.middle(x, part=part), targets, part)
+
+    def start(self, tokens: Tensor, classes: Tensor | None = None, *, part: Part | None = None) -> Tensor:
+        """What of loss_sum comes before the blocks."""
         embeddings = self._embed(tokens if part is None else part.of(tokens), classes)
-        return self._loss_sum(self._run(embeddings, part=part), targets, part)
+        return self._enter(embeddings, 0 if part is None else part.start)
 
     def generate(
         self,
