@@ -302,19 +302,20 @@ class Transformer(Trunk):
         gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
         part: the sum over this part of the sequences alone.
         """
-        x = self.start(tokens, document_ids=document_ids, padding=padding, part=part)
+        x = self.start(tokens, targets, document_ids=document_ids, padding=padding, part=part)
         hidden = self.middle(x, document_ids=document_ids, padding=padding, part=part)
         return self.finish(hidden, targets, part)
 
     def start(
         self,
         tokens: Tensor,
+        targets: Tensor,
         *,
         document_ids: Tensor | None = None,
         padding: Tensor | None = None,
         part: Part | None = None,
     ) -> Tensor:
-        """What of loss_sum comes before the blocks."""
+        """What of loss_sum comes before the blocks, which are not told the targets."""
         embeddings = self.embed(tokens if part is None else part.of(tokens))
         return self._enter(embeddings, _first_place(part, None), document_ids, padding)
 

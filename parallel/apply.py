@@ -1,21 +1,36 @@
 """From a configuration to a model that is laid over the mesh, initialized and ready to train."""
 
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 
 from model.build import build_model
 from model.config import BaseModelConfig
 from model.model import Model
 from model.positions import Positions
+from model.transformer import Trunk
 from parallel.activation_checkpoint import checkpoint_activations
 from parallel.collectives import share
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.context import Context, share_sequences
-from parallel.cut import Cuts
+from parallel.cut import Cut, Cuts
 from parallel.expert import share_experts
 from parallel.fsdp import ShardedModel, master_dtype, shard
 from parallel.initialize import initialize_shards, place_buffers
 from parallel.mesh import Mesh
+from parallel.pipeline import Stage
+from parallel.stages import split_layers, stages_of
 from parallel.tensor import share_out
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """What a rank has of a model."""
+
+    roots: list[ShardedModel]
+    """The model, or the pipeline stages that this rank has of it."""
+    cuts: Cuts
 
 
 def lay_out(
@@ -27,30 +42,45 @@ def lay_out(
     mesh: Mesh,
     context: Context | None,
     seed: int,
-) -> tuple[ShardedModel, Cuts]:
+) -> LaidOut:
     """Build, lay out and initialize. The order matters:
 
     1. build on the meta device, so that no rank ever holds a whole model;
-    2. cut what a rank has of every weight, so that all that follows sees a smaller model;
-    3. activation checkpointing innermost, so that what is compiled contains the recomputation;
-    4. compile block by block, inside of sharding, whose hooks can't be compiled;
-    5. shard, then allocate and fill only the local shards.
+    2. leave out what other stages have;
+    3. cut what a rank has of every weight, so that all that follows sees a smaller model;
+    4. activation checkpointing innermost, so that what is compiled contains the recomputation;
+    5. compile block by block, inside of sharding, whose hooks can't be compiled;
+    6. shard, then allocate and fill only the local shards.
     """
-    with torch.device("meta"):
-        model = build_model(model_config).to(master_dtype(precision))
-        cuts = _share_work(model, parallel, mesh, context)
-    checkpoint_activations(model, activation_checkpoint)
-    if compilation.enabled:
-        for layer in model.layers:
-            layer.compile()
-    sharded = shard(model, mesh, parallel, precision)
-    model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
-    place_buffers(model, torch.device(mesh.device_type))
-    initialize_shards(model, model_config, cuts, mesh, seed)
-    return sharded, cuts
+    roots: list[ShardedModel] = []
+    cuts: dict[str, Cut] = {}
+    for number in stages_of(mesh.pp_rank, parallel.pp, parallel.num_stages, parallel.pp_schedule):
+        with torch.device("meta"):
+            model = build_model(model_config).to(master_dtype(precision))
+            root: nn.Module = model
+            if parallel.num_stages > 1:
+                root = _stage(model, parallel, number, context)
+            cuts |= _share_work(model, parallel, mesh, context)
+        checkpoint_activations(model, activation_checkpoint)
+        if compilation.enabled:
+            for layer in model.layers:
+                layer.compile()
+        roots.append(shard(model.layers, root, mesh, parallel, precision))
+        model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
+        place_buffers(model, torch.device(mesh.device_type))
+        initialize_shards(model, model_config, cuts, mesh, seed)
+    return LaidOut(roots, cuts)
 
 
-def _share_work(model: Model, parallel: ParallelConfig, mesh: Mesh, context: Context | None) -> Cuts:
+def _stage(model: Model, parallel: ParallelConfig, index: int, context: Context | None) -> Stage:
+    assert isinstance(model, Trunk)
+    layers = split_layers(model.config, model.config.max_seq_len, parallel.num_stages)
+    return Stage(model, index, layers[index], is_last=index == parallel.num_stages - 1, context=context)
+
+
+def _share_work(
+    model: Model, parallel: ParallelConfig, mesh: Mesh, context: Context | None
+) -> dict[str, Cut]:
     """Cut sequences, weights and experts; nothing of it where the dimension has one rank."""
     if context is not None:
         share_sequences(model, context)

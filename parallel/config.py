@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from parallel.stages import MANY_STAGES, Schedule
+
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
@@ -20,6 +22,10 @@ class ParallelConfig(BaseModel):
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded; -1: what is left."""
     pp: int = Field(1, ge=1)
     """Ranks among which the layers are shared out."""
+    pp_schedule: Schedule = "1f1b"
+    """In which order a rank of a pipeline works on micro-batches, forward and backward."""
+    stages_per_rank: int | None = Field(None, ge=1)
+    """interleaved schedules: stages of consecutive layers that a rank has. Unset: 2, and 1 for gpipe and 1f1b."""
     cp: int = Field(1, ge=1)
     """Ranks among which the tokens of every sequence are shared out."""
     tp: int = Field(1, ge=1)
@@ -39,7 +45,24 @@ class ParallelConfig(BaseModel):
             raise ValueError(
                 f"parallel.dp_shard={self.dp_shard}: give a positive number, or -1 for what is left"
             )
+        if self.stages_per_rank is None:
+            object.__setattr__(self, "stages_per_rank", 2 if self.pp_schedule in MANY_STAGES else 1)
+        if self.stages_per_rank != 1 and self.pp_schedule not in MANY_STAGES:
+            raise ValueError(
+                f"parallel.stages_per_rank={self.stages_per_rank}, but parallel.pp_schedule={self.pp_schedule} has 1: "
+                f"leave it unset, or use parallel.pp_schedule=interleaved_1f1b"
+            )
+        if self.stages_per_rank != 2 and self.pp_schedule == "zbv_zero_bubble":
+            raise ValueError(
+                f"parallel.stages_per_rank={self.stages_per_rank}, but parallel.pp_schedule=zbv_zero_bubble has 2: "
+                f"leave it unset"
+            )
         return self
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline, 1 where there is none."""
+        return 1 if self.pp == 1 else self.pp * (self.stages_per_rank or 1)
 
 
 class ActivationCheckpointConfig(BaseModel):

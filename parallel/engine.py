@@ -1,10 +1,10 @@
 """The torch engine: one optimizer step of a sharded model, with a loss and a gradient norm that are global."""
 
 import hashlib
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Protocol, cast
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +14,19 @@ from torch.distributed.tensor import DTensor
 from model.config import BaseModelConfig
 from model.loss import IGNORE_INDEX
 from model.moe import ExpertStatistics, expert_statistics, take_expert_counts, update_balance
-from model.part import Part
 from parallel.apply import lay_out
+from parallel.batch import Batch
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.context import Context
 from parallel.cut import holders, view
+from parallel.fsdp import COMPUTE_DTYPE
 from parallel.gradients import add_partial, global_norm, local, scale
 from parallel.loss_scale import LossScale
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline, SharedParameters, Stage
+from parallel.whole import Whole
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-class Batch(Protocol):
-    """One rank's share of a global batch."""
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model takes beside the targets, (B, ...) each, by the names of its arguments."""
-
-    @property
-    def targets(self) -> Tensor:
-        """(B, T) int64, `IGNORE_INDEX` where not scored."""
-
-    def micro_batches(self, size: int) -> Iterator["Batch"]:
-        """Successive cuts of `size` sequences."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`."""
 
 
 class TorchEngine:
@@ -66,15 +51,28 @@ class TorchEngine:
         self.seed = seed
         self.mesh = mesh
         self.layout = mesh.layout
-        self.context = Context(mesh.cp) if mesh.layout.cp > 1 else None
-        self.micro_batch_size = micro_batch_size
         self.max_grad_norm = max_grad_norm
-        self.model, self.cuts = lay_out(
-            model_config, parallel, precision, activation_checkpoint, compilation, mesh, self.context, seed
+        context = Context(mesh.cp) if mesh.layout.cp > 1 else None
+        laid_out = lay_out(
+            model_config, parallel, precision, activation_checkpoint, compilation, mesh, context, seed
         )
+        self.cuts = laid_out.cuts
+        self.model: nn.Module
+        self.passes: Whole | Pipeline
+        if parallel.num_stages == 1:
+            (self.model,) = laid_out.roots
+            self.passes = Whole(self.model, context, micro_batch_size, reduce_each=mesh.layout.shard_size > 1)
+        else:
+            stages = cast("list[Stage]", laid_out.roots)
+            self.model = nn.ModuleList(stages)
+            self.passes = Pipeline(
+                stages, parallel, mesh.pp, device, COMPUTE_DTYPE[precision], context, micro_batch_size
+            )
+        self.parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
+        self.shared = SharedParameters(self.parameters, mesh.pp)
         self._holders = {
             name: holders(cast(DTensor, parameter), self.cuts[name], mesh)
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self.parameters.items()
         }
         self.optimizer = make_optimizer(self.model)
         # where gradients are: with offload, on the host
@@ -89,44 +87,27 @@ class TorchEngine:
 
         Returns the loss (), on the device: the sum over target tokens divided by their global count.
         """
-        torch.manual_seed(_seed_of(self.seed, step, self.mesh.data_rank, self.mesh.cp_rank))
+        place = (self.mesh.data_rank, self.mesh.cp_rank, self.mesh.pp_rank)
+        torch.manual_seed(_seed_of(self.seed, step, *place))
         batch = batch.to(self.device)
         count = self.mesh.sum_over_data((batch.targets != IGNORE_INDEX).sum()).clamp(min=1)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        micro_batches = list(batch.micro_batches(self.micro_batch_size))
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            # With sharded weights every micro-batch reduces, lest each rank hold a whole gradient;
-            # replicas are summed once, after the last.
-            self.model.set_requires_gradient_sync(last or self.layout.shard_size > 1)
-            self.model.set_requires_all_reduce(last)
-            with self._at_work(micro_batch) as part:
-                loss_sum = self.model.loss_sum(**micro_batch.inputs, targets=micro_batch.targets, **part)
-                (loss_sum * self.loss_scale.scale / count).backward()
-            total += loss_sum.detach()
-        return self.mesh.sum_over_tokens(total) / count
-
-    @contextmanager
-    def _at_work(self, batch: Batch) -> Iterator[dict[str, Part]]:
-        """What the model is told, forward and backward, of its part of the sequences, if it has one."""
-        if self.context is None:
-            yield {}
-        else:
-            with self.context.at_work(batch.targets.shape[1]) as part:
-                yield {"part": part}
+        total = self.passes.forward_backward(batch, self.loss_scale.scale.double() / count)
+        return self.mesh.sum_over_losses(total) / count
 
     def step(self, lr: float) -> Tensor:
         """Clip, update the weights and clear the gradients. Returns the global gradient norm before clipping, ().
 
         Where the norm is not finite, the update is skipped on every rank alike, without asking the host.
         """
-        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        named = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         gradients = list(named.values())
         add_partial([g for name, g in named.items() if self.cuts[name].partial], self.mesh.tp)
+        self.shared.add(named)
         parts = defaultdict(list)
         for name, gradient in named.items():
-            parts[self._holders[name]].append(gradient)
-        norm = global_norm(parts) / self.loss_scale.scale
+            if name not in self.shared.counted_elsewhere:
+                parts[self._holders[name]].append(gradient)
+        norm = global_norm(parts, self.mesh.pp) / self.loss_scale.scale
         clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         scale(gradients, (clip / self.loss_scale.scale).to(gradients[0].dtype))
         overflow = (~norm.isfinite()).float()
@@ -160,18 +141,17 @@ class TorchEngine:
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:
             batch = batch.to(self.device)
-            with self._at_work(batch) as part:
-                sums[0] += self.model.loss_sum(**batch.inputs, targets=batch.targets, **part)
-            targets = batch.targets if not part else part["part"].of(batch.targets)
-            sums[1] += (targets != IGNORE_INDEX).sum()
-        loss, count = self.mesh.sum_over_tokens(sums)
+            sums[0] += self.passes.loss_sum(batch)
+            sums[1] += (batch.targets != IGNORE_INDEX).sum()
         self.model.train()
+        loss, count = self.mesh.sum_over_losses(sums[0]), self.mesh.sum_over_data(sums[1])
         return (loss / count).item()
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers by name, to be saved, or to be loaded into in place."""
         self._reshard()
-        return {f"model.{name}": self._whole(name, t) for name, t in self.model.state_dict().items()}
+        tensors = {_plain(name): tensor for name, tensor in self.model.state_dict().items()}
+        return {f"model.{name}": self._whole(name, tensor) for name, tensor in tensors.items()}
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         """What a parameter or its optimizer state is a shard of; a number or a buffer as it is."""
@@ -182,7 +162,7 @@ class TorchEngine:
         tensors = self.weights()
         if not self.optimizer.state:
             self._allocate_optimizer_state()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             assert parameter in self.optimizer.state, name
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = self._whole(name, value)
@@ -205,6 +185,11 @@ class TorchEngine:
         for values in self.optimizer.state.values():
             for value in values.values():
                 local(value).zero_()
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the whole model, of that in a list of stages, `0.model.NAME`."""
+    return re.sub(r"^\d+\.model\.", "", name)
 
 
 def _seed_of(*parts: int) -> int:

@@ -3,22 +3,25 @@
 from collections.abc import Callable
 
 from model.config import BaseModelConfig, ModelConfig, known
+from parallel.config import ParallelConfig
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.stages import MANY_STAGES
+
+HAS_STAGES = ("transformer", "flow_matching", "image_codes")
+"""Models whose layers are in one row."""
 
 SPLITS_SEQUENCES = ("transformer", "image_codes")
 """Models that can work on a part of a sequence."""
 
 
-def check_fit(layout: Layout, model: BaseModelConfig, seq_len: int) -> None:
+def check_fit(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, seq_len: int) -> None:
     """Raises LayoutError, with the nearest size that works, where the model can't be laid out so."""
     if not isinstance(model, ModelConfig):
         _refuse_all_but_data(layout, model)
         return
     if layout.pp > 1:
-        raise LayoutError(
-            f"parallel.pp={layout.pp}: pipelines aren't built: use parallel.pp=1 and parallel.tp"
-        )
+        _check_pipeline(parallel, model)
     if layout.tp > 1:
         _check_tensor(layout.tp, model)
     if layout.cp > 1:
@@ -34,6 +37,51 @@ def _refuse_all_but_data(layout: Layout, model: BaseModelConfig) -> None:
                 f"parallel.{name}={getattr(layout, name)}: a model of type {model.type} is no transformer, and is "
                 f"laid out over data-parallel ranks only: use parallel.{name}=1 and more of parallel.dp_shard"
             )
+
+
+def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    schedule, stages = parallel.pp_schedule, parallel.num_stages
+    if model.type not in HAS_STAGES:
+        raise LayoutError(
+            f"parallel.pp={parallel.pp}: a model of type {model.type} can't be cut into stages: use parallel.pp=1, "
+            f"and parallel.tp or dp_shard"
+        )
+    if stages > model.num_layers:
+        raise LayoutError(
+            f"parallel.pp={parallel.pp} with {parallel.stages_per_rank} stage(s) on a rank are {stages} stages, more "
+            f"than model.num_layers={model.num_layers}: use parallel.pp="
+            f"{max(1, model.num_layers // (parallel.stages_per_rank or 1))}"
+        )
+    if model.tie_embeddings and schedule == "zbv_zero_bubble":
+        raise LayoutError(
+            "parallel.pp_schedule=zbv_zero_bubble has the first and the last stage on one rank, each with an embedding "
+            "of its own: use model.tie_embeddings=false, or parallel.pp_schedule=interleaved_zero_bubble"
+        )
+    if model.positional.encoding == "relative" and schedule in MANY_STAGES:
+        raise LayoutError(
+            f"parallel.pp_schedule={schedule} has several stages on a rank, each with the positions that "
+            f"model.positional.encoding=relative learns: use parallel.pp_schedule=1f1b"
+        )
+    if model.moe is not None and "zero_bubble" in schedule:
+        raise LayoutError(
+            f"parallel.pp_schedule={schedule} cuts the backward in two, which experts' (model.moe) can't be: use "
+            f"parallel.pp_schedule=interleaved_1f1b"
+        )
+
+
+def check_micro_batches(parallel: ParallelConfig, count: int) -> None:
+    """Raises LayoutError where a rank's micro-batches of a step are not as many as the pipeline's schedule needs."""
+    if parallel.pp == 1:
+        return
+    several = parallel.pp_schedule in MANY_STAGES
+    fits = count % max(1, count // parallel.pp) == 0 if several else count >= parallel.num_stages
+    if parallel.pp_schedule == "gpipe" or (fits and count >= (1 if several else parallel.pp)):
+        return
+    wanted = -(-count // parallel.pp) * parallel.pp
+    raise LayoutError(
+        f"parallel.pp_schedule={parallel.pp_schedule} over parallel.pp={parallel.pp} ranks can't do {count} "
+        f"micro-batch(es) a step: make it {wanted} by data.global_batch_size or data.micro_batch_size"
+    )
 
 
 def _check_tensor(tp: int, model: ModelConfig) -> None:

@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and optimizer state sharded over the data-parallel ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -16,7 +16,6 @@ from torch.distributed.fsdp import (
 )
 
 from model.experts import Experts
-from model.model import Model
 from parallel.config import ParallelConfig, Precision
 from parallel.mesh import Mesh
 
@@ -39,8 +38,10 @@ def master_dtype(precision: Precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def shard(model: Model, mesh: Mesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
-    """Shard every layer, then what is left (embedding, last norm, head), in place.
+def shard(
+    layers: Sequence[nn.Module], root: nn.Module, mesh: Mesh, config: ParallelConfig, precision: Precision
+) -> ShardedModel:
+    """Shard every layer, then what else is in the root (embedding, last norm, head), in place.
 
     Experts that ranks share out are sharded over those that have the same ones. Gradients are summed over the
     ranks, not averaged: the loss is already divided by the global number of targets. Inputs are not cast:
@@ -58,14 +59,17 @@ def shard(model: Model, mesh: Mesh, config: ParallelConfig, precision: Precision
             module, mesh=over, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard
         )
 
+    # in a pipeline every micro-batch would gather them anew
+    reshard = config.reshard_after_forward and mesh.layout.pp == 1
     dense = mesh.shards(mesh.dense)
-    for layer in model.layers:
+    for layer in layers:
         for module in layer.modules():
             if isinstance(module, Experts) and mesh.layout.ep > 1:
-                shard_over(mesh.shards(mesh.experts), module, config.reshard_after_forward)
-        shard_over(dense, layer, config.reshard_after_forward)
-    sharded = cast(ShardedModel, shard_over(dense, model))
-    register_fsdp_forward_method(sharded, "loss_sum")
+                shard_over(mesh.shards(mesh.experts), module, reshard)
+        shard_over(dense, layer, reshard)
+    sharded = cast(ShardedModel, shard_over(dense, root))
+    if hasattr(root, "loss_sum"):
+        register_fsdp_forward_method(sharded, "loss_sum")
     for module in sharded.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -13,10 +13,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_norm(gradients: Mapping[tuple[dist.ProcessGroup, ...], Sequence[Tensor]]) -> Tensor:
+def global_norm(
+    gradients: Mapping[tuple[dist.ProcessGroup, ...], Sequence[Tensor]], stages: dist.ProcessGroup
+) -> Tensor:
     """The 2-norm over all elements of all gradients, each counted once; (), fp64, equal on all ranks.
 
-    gradients: by the groups whose ranks hold different parts of them, outermost last; one collective for each.
+    gradients: by the groups whose ranks hold different parts of them; one collective for each. stages: the group
+    whose ranks have different gradients.
     """
     total: Tensor | float = 0.0
     for groups, parts in gradients.items():
@@ -25,6 +28,8 @@ def global_norm(gradients: Mapping[tuple[dist.ProcessGroup, ...], Sequence[Tenso
             dist.all_reduce(squares, group=group)
         total = total + squares
     assert isinstance(total, Tensor)
+    if stages.size() > 1:
+        dist.all_reduce(total, group=stages)
     return total.sqrt()
 
 

@@ -83,6 +83,11 @@ class Mesh:
             self._add(numbers, self.dense, name)
         return numbers
 
+    def sum_over_losses(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Sum, in place, over all ranks that work on different tokens, and stages of which one has the losses."""
+        self._add(numbers, self.dense, "pp")
+        return self.sum_over_tokens(numbers)
+
     def sum_over_data(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum, in place, over all ranks that read different data."""
         if self.layout.cp > 1:

@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_fit
+from parallel.fit import check_fit, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
 from train.config import Config
 from train.config_file import Loaded
@@ -68,7 +68,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_samples(config, dataset)
     _check_kernel(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
-    check_fit(layout, config.model, dataset.seq_len)
+    check_fit(layout, config.parallel, config.model, dataset.seq_len)
     _check_batch(config, layout)
     return Plan(config, sources, dataset, layout)
 
@@ -148,6 +148,11 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
     settings, model = config.evaluation, config.model
     if settings.sample_every_steps is None or not isinstance(model, ModelConfig):
         return
+    if config.parallel.pp > 1:
+        raise ConfigError(
+            f"evaluation.sample_every_steps: with parallel.pp={config.parallel.pp} no rank has the whole model that "
+            f"would generate: leave it out, and use `trireme generate` on the run"
+        )
     refines = model.type == "flow_matching"
     if model.attention.mask_type == "bidirectional" and not refines:
         raise ConfigError(
@@ -187,3 +192,4 @@ def _check_batch(config: Config, layout: Layout) -> None:
             f"= {micro} x {layout.data_size} = {at_once}: set data.global_batch_size={nearest}, "
             f"or another micro-batch size"
         )
+    check_micro_batches(config.parallel, whole // at_once)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from data.stream import TrainingStream
+from model.build import build_model
 from model.count import flops_per_token
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
@@ -37,7 +38,8 @@ def run(plan: Plan, device: torch.device) -> int:
         config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
     )
     start = _resume(folder, engine, stream)
-    log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0].removeprefix("FSDP"))
+    with torch.device("meta"):
+        log.info("%s: %s", folder.path, repr(build_model(config.model)).partition("\n")[0])
     log.info(
         "%d process(es), %s, %s; %s tokens a step, %s",
         dist.get_world_size(),

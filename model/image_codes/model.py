@@ -54,11 +54,13 @@ class ImageCodes(Trunk):
 
         part: the sum over this part of the sequences alone.
         """
-        x = self.start(tokens, classes, part=part)
+        x = self.start(tokens, targets, classes, part=part)
         return self.finish(self.middle(x, part=part), targets, part)
 
-    def start(self, tokens: Tensor, classes: Tensor | None = None, *, part: Part | None = None) -> Tensor:
-        """What of loss_sum comes before the blocks."""
+    def start(
+        self, tokens: Tensor, targets: Tensor, classes: Tensor | None = None, *, part: Part | None = None
+    ) -> Tensor:
+        """What of loss_sum comes before the blocks, which are not told the targets."""
         embeddings = self._embed(tokens if part is None else part.of(tokens), classes)
         return self._enter(embeddings, 0 if part is None else part.start)
 

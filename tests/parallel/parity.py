@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -108,20 +109,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of all bits."""
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        state.update(whole(tensors[name]).contiguous().numpy().tobytes())
-    return state.hexdigest()
+def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """A hash of all bits of each."""
+    return {
+        name: hashlib.sha256(whole(tensor).contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
 
 
 def train(
     layout: dict[str, int], micro: int, precision: str, parallel: dict[str, Any], model: dict[str, Any]
 ) -> Any:
-    """Runs in every worker: the digest of the initial weights, losses and gradient norms."""
+    """Runs in every worker: digests of the initial weights, losses and gradient norms."""
     engine = make_engine(layout, micro, precision, parallel, model)
-    initial = digest(engine.weights())
+    initial = digests(engine.weights())
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(engine.forward_backward(share_of(engine, step), step).item())
@@ -129,7 +130,7 @@ def train(
     return initial, losses, norms
 
 
-def reference(model_settings: dict[str, Any]) -> tuple[str, list[float], list[float]]:
+def reference(model_settings: dict[str, Any]) -> tuple[dict[str, str], list[float], list[float]]:
     """The same run in plain torch: no sharding, no micro-batches, the loss from whole logits.
 
     The experts' auxiliary losses have no value there, but a gradient.
@@ -137,7 +138,7 @@ def reference(model_settings: dict[str, Any]) -> tuple[str, list[float], list[fl
     config = ModelConfig.model_validate(merged(MODEL, model_settings))
     model = build_model(config).double()
     initialize(model, config, seed=3)
-    initial = digest({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    initial = digests({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     adam = optimizer(model)
     losses, norms = [], []
     for step in range(STEPS):
@@ -152,3 +153,15 @@ def reference(model_settings: dict[str, Any]) -> tuple[str, list[float], list[fl
         if counts is not None:
             update_balance(model, counts)
     return initial, losses, norms
+
+
+def compare(results: list[Any], expected: tuple[dict[str, str], list[float], list[float]]) -> None:
+    """What `train` returned on all ranks against what `reference` did."""
+    initial, losses, norms = expected
+    everywhere: dict[str, str] = {}
+    for rank_initial, rank_losses, rank_norms in results:
+        assert rank_initial.items() <= initial.items()
+        everywhere |= rank_initial
+        assert rank_losses == pytest.approx(losses, rel=1e-9)
+        assert rank_norms == pytest.approx(norms, rel=1e-9)
+    assert everywhere == initial

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from model.models import parse_model
+from parallel.config import ParallelConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_fit
+from parallel.fit import check_fit, check_micro_batches
 from parallel.layout import Layout
 
 SMALL = {"vocab_size": 64, "d_model": 48, "attention": {"num_heads": 12, "num_kv_heads": 4}}
@@ -33,7 +34,53 @@ SMALL = {"vocab_size": 64, "d_model": 48, "attention": {"num_heads": 12, "num_kv
 def test_the_nearest_that_works(layout: dict[str, int], model: dict[str, Any], message: str | None) -> None:
     config = parse_model(SMALL | model)
     if message is None:
-        check_fit(Layout(**layout), config, seq_len=30)
+        check_fit(Layout(**layout), ParallelConfig(**layout), config, seq_len=30)
         return
     with pytest.raises(LayoutError, match=message):
-        check_fit(Layout(**layout), config, seq_len=30)
+        check_fit(Layout(**layout), ParallelConfig(**layout), config, seq_len=30)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "model", "message"),
+    [
+        ({"pp": 8}, {}, "8 stages, more than model.num_layers=6: use parallel.pp=6"),
+        ({"pp": 4, "pp_schedule": "interleaved_1f1b"}, {}, "8 stages, more than .*: use parallel.pp=3"),
+        ({"pp": 2, "pp_schedule": "zbv_zero_bubble"}, {}, "use model.tie_embeddings=false"),
+        (
+            {"pp": 2, "pp_schedule": "interleaved_1f1b"},
+            {"positional": {"encoding": "relative"}},
+            "use parallel.pp_schedule=1f1b",
+        ),
+        (
+            {"pp": 2, "pp_schedule": "interleaved_zero_bubble"},
+            {"moe": {}},
+            "use parallel.pp_schedule=interleaved_1f1b",
+        ),
+        ({"pp": 2}, {"type": "encoder_decoder"}, "can't be cut into stages: use parallel.pp=1"),
+    ],
+)
+def test_pipelines_that_work(parallel: dict[str, Any], model: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        check_fit(
+            Layout(pp=parallel["pp"]), ParallelConfig(**parallel), parse_model(SMALL | model), seq_len=32
+        )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fine", "wrong"), [("1f1b", 5, 3), ("interleaved_1f1b", 8, 9), ("gpipe", 1, None)]
+)
+def test_micro_batches_of_a_schedule(schedule: str, fine: int, wrong: int | None) -> None:
+    config = ParallelConfig(pp=4, pp_schedule=schedule)  # type: ignore[arg-type]
+    check_micro_batches(config, fine)
+    if wrong is not None:
+        with pytest.raises(LayoutError, match=f"can't do {wrong} micro-batch"):
+            check_micro_batches(config, wrong)
+
+
+def test_schedules_say_how_many_stages_they_have() -> None:
+    assert ParallelConfig(pp=2).num_stages == 2
+    assert ParallelConfig(pp=2, pp_schedule="interleaved_1f1b", stages_per_rank=3).num_stages == 6
+    with pytest.raises(ValueError, match="parallel.stages_per_rank=2, but parallel.pp_schedule=1f1b has 1"):
+        ParallelConfig(pp=2, stages_per_rank=2)
+    with pytest.raises(ValueError, match="zbv_zero_bubble has 2"):
+        ParallelConfig(pp=2, pp_schedule="zbv_zero_bubble", stages_per_rank=3)
