@@ -1,21 +1,32 @@
-"""What every model is to those who train it."""
+"""What every model is to those who train it. B batch, T sequence, V vocabulary."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import BaseModelConfig
 from model.cost import Cost
+from model.loss import IGNORE_INDEX
 from model.weights import Weight
+
+
+def sum_over_logits(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropies of targets (B, T) that are not IGNORE_INDEX, (), in fp32 (fp64 for fp64).
+
+    For models with `forward(tokens (B, T)) -> logits (B, T, V)`; it holds the logits of all tokens at once.
+    """
+    logits = model(tokens).flatten(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class Model(nn.Module):
     """A model is made from its configuration; `forward` and its arguments are its own affair."""
 
     config: BaseModelConfig
-    blocks: nn.ModuleList
-    """The unit of sharding, activation checkpointing and compilation; each is called as a module."""
-    loss_sum: Callable[..., Tensor]
+    loss_sum: Callable[..., Tensor] = sum_over_logits
     """loss_sum(targets (B, T), and config.inputs by name) -> the sum of the losses of scored targets, ()."""
     weights: Callable[[], Mapping[str, Weight]]
     """Declarations of the parameters that belong to no component; see `model.weights`."""
@@ -24,3 +35,11 @@ class Model(nn.Module):
 
     def __init__(self, config: BaseModelConfig) -> None:
         super().__init__()
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The units of sharding, activation checkpointing and compilation, each called as a module: its `blocks`.
+
+        A model without blocks is one unit.
+        """
+        return list(getattr(self, "blocks", ()))

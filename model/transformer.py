@@ -40,6 +40,7 @@ class Trunk(Model):
     """
 
     config: ModelConfig
+    blocks: nn.ModuleList
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from model.model import Model
 from parallel.config import ParallelConfig, Precision
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
@@ -36,8 +37,8 @@ def master_dtype(precision: Precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
-    """Shard every block, then what is left (embedding, last norm, head), in place.
+def shard(model: Model, mesh: DeviceMesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
+    """Shard every layer, then what is left (embedding, last norm, head), in place.
 
     Gradients are summed over the ranks, not averaged: the loss is already divided by the global number of
     targets. Inputs are not cast: embeddings come out in the compute dtype, rotations stay in fp32.
@@ -48,9 +49,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, precision:
     offload = OffloadPolicy()
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    for block in cast(nn.ModuleList, model.blocks):
+    for layer in model.layers:
         fully_shard(
-            block,
+            layer,
             mesh=mesh,
             mp_policy=policy,
             offload_policy=offload,
