@@ -35,6 +35,7 @@ class Model(nn.Module):
 
     def __init__(self, config: BaseModelConfig) -> None:
         super().__init__()
+        self.config = config
 
     @property
     def layers(self) -> Sequence[nn.Module]:
