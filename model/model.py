@@ -1,6 +1,6 @@
 """What every model is to those who train it. B batch, T sequence, V vocabulary."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class Model(nn.Module):
     """A model is made from its configuration; `forward` and its arguments are its own affair."""
 
     config: BaseModelConfig
+    blocks: nn.ModuleList
+    """What a sequence goes through, one after another; a model may have none."""
     loss_sum: Callable[..., Tensor] = sum_over_logits
     """loss_sum(targets (B, T), and config.inputs by name) -> the sum of the losses of scored targets, ()."""
     weights: Callable[[], Mapping[str, Weight]]
@@ -38,9 +40,11 @@ class Model(nn.Module):
         self.config = config
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
-        """The units of sharding, activation checkpointing and compilation, each called as a module: its `blocks`.
+    def stacks(self) -> list[list[nn.Module]]:
+        """The blocks, in runs through each of which one sequence of tokens goes; none where a model has no `blocks`."""
+        return [list(self.blocks)] if "blocks" in self._modules else []
 
-        A model without blocks is one unit.
-        """
-        return list(getattr(self, "blocks", ()))
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The units of sharding, activation checkpointing and compilation; each is called as a module."""
+        return [block for stack in self.stacks for block in stack]

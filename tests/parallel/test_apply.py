@@ -3,12 +3,12 @@
 from typing import Any, cast
 
 import pytest
-from torch.distributed.device_mesh import DeviceMesh
 
 from model.models import MODELS
 from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.errors import LayoutError
+from parallel.mesh import Mesh
 from tests.model.bigram import PLACE, BigramConfig
 
 
@@ -24,6 +24,7 @@ def test_without_blocks(
             "fp32",
             ActivationCheckpointConfig(**recompute),
             CompileConfig(**compilation),
-            cast(DeviceMesh, None),
+            cast(Mesh, None),
+            None,
             seed=0,
         )
