@@ -5,7 +5,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from model.aliases import TYPES
 from model.config import BaseModelConfig
+from model.spellings import in_our_words
 
 if TYPE_CHECKING:
     from model.model import Model
@@ -41,16 +43,18 @@ def model_class(model_type: str) -> "type[Model]":
 
 
 def parse_model(section: Any) -> Any:
-    """A `model` section as its type's class. What is no mapping is returned as it is.
+    """A `model` section, in our words or those of `model.aliases`, as its type's class.
 
+    What is no mapping is returned as it is.
     Raises ValueError (pydantic's too) where the type is unknown or the section doesn't fit it.
     """
     if not isinstance(section, Mapping):
         return section
+    section = in_our_words(section)
     model_type = section.get("type", "transformer")
     if not isinstance(model_type, str) or model_type not in MODELS:
-        close = difflib.get_close_matches(str(model_type), MODELS, n=1)
-        known = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(MODELS)}"
+        close = difflib.get_close_matches(str(model_type), [*MODELS, *TYPES], n=1)
+        known = f"did you mean {close[0]!r}?" if close else f"known are {', '.join([*MODELS, *TYPES])}"
         raise ValueError(f"model.type={model_type!r} is no model: {known}")
     return config_class(model_type).model_validate(section)
 

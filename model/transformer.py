@@ -148,7 +148,6 @@ class Trunk(Stack, Model):
     """
 
     config: ModelConfig
-    blocks: nn.ModuleList
     prefix_length: ClassVar[int] = 0
     """Places before the first token's that `start` adds and `finish` leaves out."""
     entrance: ClassVar[tuple[str, ...]] = ("embedding",)

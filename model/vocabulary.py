@@ -14,8 +14,8 @@ class Vocabulary:
     """
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
-        return tokens @ weight if tokens.is_floating_point() else F.embedding(tokens, weight)
+        """tokens (B, T) int64, or one-hot or soft distributions over the vocabulary (B, T, V) -> (B, T, D)."""
+        return tokens.to(weight.dtype) @ weight if tokens.dim() == 3 else F.embedding(tokens, weight)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden (B, T, D) -> (B, T, V)."""

@@ -15,6 +15,7 @@ from parallel.collectives import share
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from parallel.context import Context, share_sequences
 from parallel.cut import Cut, Cuts
+from parallel.errors import LayoutError
 from parallel.expert import share_experts
 from parallel.fsdp import ShardedModel, master_dtype, shard
 from parallel.initialize import initialize_shards, place_buffers
@@ -51,12 +52,19 @@ def lay_out(
     4. activation checkpointing innermost, so that what is compiled contains the recomputation;
     5. compile block by block, inside of sharding, whose hooks can't be compiled;
     6. shard, then allocate and fill only the local shards.
+
+    Raises LayoutError where what is asked for needs blocks, and the model has none.
     """
     roots: list[ShardedModel] = []
     cuts: dict[str, Cut] = {}
     for number in stages_of(mesh.pp_rank, parallel.pp, parallel.num_stages, parallel.pp_schedule):
         with torch.device("meta"):
             model = build_model(model_config).to(master_dtype(precision))
+            if not model.layers and (compilation.enabled or activation_checkpoint.mode != "none"):
+                raise LayoutError(
+                    f"model.type={model_config.type} has no blocks, which are what compile and "
+                    f"activation_checkpoint take: leave both out"
+                )
             root: nn.Module = model
             if parallel.num_stages > 1:
                 root = _stage(model, parallel, number, context)

@@ -10,14 +10,15 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from model.aliases import CHOICES, NAMES
+from model.dotted import Values, nest, put
 from model.models import MODELS, config_class
+from model.spellings import Settings
 from train.config import Config
 from train.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-Values = dict[str, tuple[Any, str]]
-"""Dotted key -> value and where it came from."""
+ALIASES = [f"model.{name}" for name in (*NAMES, *CHOICES)]
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ def load_config(path_or_name: str, overrides: Iterable[str] = ()) -> Loaded:
     Raises:
         ConfigError: anything wrong with the file, a key or a value, in one line.
     """
-    values = _read_file(find_config(path_or_name), seen=())
+    settings = Settings(prefix="model.")
+    _read_file(find_config(path_or_name), settings, seen=())
+    given: Values = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ConfigError(f"{override!r} is not of the form key.path=value, such as optimizer.lr=3e-4")
-        _set(values, key, _parse_override(key, text), "command line")
+        put(given, key, _parse_override(key, text), "command line")
+    _add(settings, given)
+    values = settings.settled()
     return Loaded(_validate(values), {key: source for key, (_, source) in values.items()})
 
 
@@ -73,7 +78,8 @@ def all_configs() -> list[Path]:
     return sorted(CONFIGS.rglob("*.yaml"))
 
 
-def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
+def _read_file(path: Path, settings: Settings, seen: tuple[Path, ...]) -> None:
+    """Add what a file says to the settings, after what it extends."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.name for p in seen)}")
@@ -88,15 +94,21 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
         raise ConfigError(f"{path}: not valid YAML: {reason}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected sections such as `model:` and `data:` at the top level")
-    values: Values = {}
     parents = tree.pop("extends", [])
     for parent in [parents] if isinstance(parents, str) else parents:
         beside = path.parent / str(parent)
-        inherited = _read_file(beside if beside.is_file() else find_config(str(parent)), (*seen, path))
-        values |= inherited
+        _read_file(beside if beside.is_file() else find_config(str(parent)), settings, (*seen, path))
+    values: Values = {}
     for key, value, line in _leaves(root, tree, prefix=""):
-        _set(values, key, value, f"{_display(path)}:{line}")
-    return values
+        put(values, key, value, f"{_display(path)}:{line}")
+    _add(settings, values)
+
+
+def _add(settings: Settings, layer: Values) -> None:
+    try:
+        settings.add(layer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _leaves(node: yaml.MappingNode, tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any, int]]:
@@ -111,14 +123,6 @@ def _leaves(node: yaml.MappingNode, tree: dict[str, Any], prefix: str) -> Iterab
             yield key, value, key_node.start_mark.line + 1
 
 
-def _set(values: Values, key: str, value: Any, source: str) -> None:
-    """Set a key; a section replaces what stood below it, and a key below a plain value replaces that."""
-    for other in list(values):
-        if other.startswith(f"{key}.") or key.startswith(f"{other}."):
-            del values[other]
-    values[key] = (value, source)
-
-
 def _parse_override(key: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
@@ -127,15 +131,8 @@ def _parse_override(key: str, text: str) -> Any:
 
 
 def _validate(values: Values) -> Config:
-    tree: dict[str, Any] = {}
-    for key, (value, _) in values.items():
-        *sections, name = key.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[name] = value
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(nest(values))
     except ValidationError as error:
         raise ConfigError(_explain(error.errors()[0], values)) from None
 
@@ -170,9 +167,11 @@ def _suggest_key(location: list[str], model_type: str) -> str:
     if close:
         return close
     elsewhere = [key for key in all_keys(Config, model_type) if key.split(".")[-1] == location[-1]]
+    elsewhere = elsewhere or [key for key in ALIASES if key.split(".")[-1] == location[-1]]
     if elsewhere:
         return f": did you mean {' or '.join(repr(key) for key in elsewhere)}?"
-    return f": known here are {', '.join(section.model_fields)}"
+    close = _suggest(".".join(location), ALIASES)
+    return close or f": known here are {', '.join(section.model_fields)}"
 
 
 def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -87,7 +87,7 @@ def load_run(path: str) -> LoadedRun:
     """The newest checkpoint of a run, on one device.
 
     Raises:
-        RunError: no such run, or no checkpoint in it.
+        RunError: no such run, no checkpoint in it, or its model doesn't generate.
     """
     folder, config = open_run(path)
     device = pick_device()
@@ -95,7 +95,10 @@ def load_run(path: str) -> LoadedRun:
         model = build_model(config.model)
     if config.precision == "fp64":
         model.double()
-    assert isinstance(model, Trunk)
+    if not isinstance(model, Trunk):
+        raise RunError(
+            f"{path}: a model of type {config.model.type} can be trained and evaluated, but not generate"
+        )
     model.to_empty(device=device)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load_tensors(_newest(folder), tensors)

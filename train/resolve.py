@@ -146,8 +146,12 @@ def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, d
 def _check_samples(config: Config, dataset: DatasetInfo) -> None:
     """A sample that the model can't generate would otherwise end the run when it is due."""
     settings, model = config.evaluation, config.model
-    if settings.sample_every_steps is None or not isinstance(model, ModelConfig):
+    if settings.sample_every_steps is None:
         return
+    if not isinstance(model, ModelConfig):
+        raise ConfigError(
+            f"evaluation.sample_every_steps: a model of type {model.type} generates nothing: leave it out"
+        )
     if config.parallel.pp > 1:
         raise ConfigError(
             f"evaluation.sample_every_steps: with parallel.pp={config.parallel.pp} no rank has the whole model that "

@@ -13,7 +13,7 @@ from model.cost import Cost, linear_cost
 from model.draws import integers, uniform
 from model.flow_matching.config import FlowMatchingConfig
 from model.loss import IGNORE_INDEX
-from model.transformer import Trunk, trunk_cost
+from model.transformer import LossFunction, Trunk, trunk_cost
 from model.weights import Weight, linear_weights
 
 TIME_SCALE = 1000.0
@@ -31,14 +31,17 @@ class FlowMatching(Trunk):
         super().__init__(config)
         self.time = TimeEmbedding(config)
 
-    def forward(self, t: Tensor, xt: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, t: Tensor, xt: Tensor, targets: Tensor | None = None, *, loss_func: LossFunction | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Times (B,) in [0, 1], distributions (B, T, V) -> logits of the data, (B, T, V).
 
-        With targets, distributions (B, T, V) or tokens (B, T): (logits, loss), the mean cross-entropy.
+        With targets, distributions (B, T, V) or tokens (B, T): (logits, loss), the mean cross-entropy, or what
+        loss_func(logits (B * T, V), targets (B * T, ...)) returns.
         """
-        soft = targets is not None and targets.is_floating_point()
-        hidden = self._run(self.embed(xt), prefix=self.time(t))
-        return self._logits(hidden, targets, loss_func=F.cross_entropy if soft else None)
+        if loss_func is None and targets is not None and targets.is_floating_point():
+            loss_func = F.cross_entropy
+        return self._logits(self._run(self.embed(xt), prefix=self.time(t)), targets, loss_func=loss_func)
 
     def loss_sum(self, seeds: Tensor, targets: Tensor) -> Tensor:
         """Sum over scored tokens of -log of what the model gives the data at a random time, ().

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 
 from model.build import build_model
@@ -9,6 +10,7 @@ from model.config import BaseModelConfig, ModelConfig
 from model.model import Model
 from model.models import MODELS, config_class, model_class, parse_model
 from model.weights import declared_weights
+from tests.model.bigram import PLACE
 
 SMALL = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "max_seq_len": 16}
 
@@ -47,3 +49,14 @@ def test_what_is_no_model(section: dict, message: str) -> None:
     with pytest.raises((ValueError, ValidationError)) as caught:
         parse_model(section)
     assert message in str(caught.value)
+
+
+def test_a_model_of_forward_alone_has_a_loss_and_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "bigram", PLACE)
+    model = build_model(parse_model({"type": "bigram", "vocab_size": 7}))
+    assert model.layers == [] and model.config.type == "bigram"
+    tokens, targets = torch.randint(7, (2, 5)), torch.randint(7, (2, 5))
+    targets[0, 2] = -100
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()) * 9
+    torch.testing.assert_close(model.loss_sum(tokens=tokens, targets=targets), expected)
+    assert model.bfloat16().loss_sum(tokens=tokens, targets=targets).dtype == torch.float32

@@ -166,3 +166,71 @@ def test_all_keys_are_documented() -> None:
     assert {"model.attention.num_heads", "model.moe.num_experts"} <= set(all_keys(Config))
     for model_type in MODELS:
         assert undocumented(config_class(model_type)) == []
+
+
+FLOW = """
+model:
+  type: "FlowMatchingTransformer"  # or "GPTCausal"
+  vocab_size: 50304
+  n_embd: 768
+  n_layer: 12
+  n_head: 12
+  dropout: 0.1
+  max_seq_len: 512
+"""
+
+
+def test_other_spellings_are_ours_with_their_places(write) -> None:
+    loaded = load_config(write(BASE + FLOW), ["model.n_layer=2"])
+    model = loaded.config.model
+    assert (model.type, model.d_model, model.num_layers, model.max_seq_len) == ("flow_matching", 768, 2, 512)
+    places = {
+        key: loaded.sources[f"model.{key}"].partition("config.yaml:")[2] for key in ("d_model", "dropout")
+    }
+    assert places == {"d_model": "7", "dropout": "10"}
+    assert loaded.sources["model.attention.num_heads"].endswith("config.yaml:9")
+    assert loaded.sources["model.num_layers"] == "command line"
+    assert loaded.sources["model.type"].endswith("config.yaml:5 (FlowMatchingTransformer)")
+    assert loaded.sources["model.ffn.activation"].endswith("config.yaml:5 (FlowMatchingTransformer)")
+    assert "model.n_embd" not in loaded.sources
+
+
+def test_another_spelling_overrides_a_preset(write) -> None:
+    loaded = load_config(write("extends: tiny\n" + BASE + "model: {n_embd: 64, n_head: 2, block_size: 32}\n"))
+    assert (loaded.config.model.d_model, loaded.config.model.max_seq_len) == (64, 32)
+    again = load_config(write(to_yaml(loaded.config), "again.yaml"), ["model.type=GPTCausal"]).config.model
+    assert again == loaded.config.model, "all of it had been said"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            "model: {d_model: 64,\n  n_embd: 32}\n",
+            [],
+            "config.yaml:3: model.d_model=64 and .*config.yaml:4: model.n_embd=32 contradict each other",
+        ),
+        (
+            "",
+            ["model.n_head=2", "model.attention.num_heads=4"],
+            "^model.n_head=2 and model.attention.num_heads=4",
+        ),
+        ("model: {norm_type: batchnorm}\n", [], "config.yaml:3: model.norm_type='batchnorm' is not known"),
+        ("model: {n_embbd: 64}\n", [], r"unknown key 'model.n_embbd': did you mean 'model.n_embd'\?"),
+        ("", ["n_embd=64"], r"unknown key 'n_embd': did you mean 'model.n_embd'\?"),
+        (
+            "model:\n  n_embd: wide\n",
+            [],
+            "config.yaml:4: model.d_model='wide': input should be a valid integer",
+        ),
+        (
+            "model: {type: GPTCausal, n_embd: 64}\n",
+            [],
+            "num_heads=12 does not divide model.d_model=64: use 8",
+        ),
+    ],
+)
+def test_mistakes_in_other_spellings(write, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(BASE + text), overrides)
+    assert "\n" not in str(caught.value)
