@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.dataset import COLUMN, DatasetInfo
@@ -53,6 +54,10 @@ class TrainingSequences(StreamingDataset):
         processes = World.detect()
         chooses = processes.is_local_leader and processes.num_nodes == 1
         with choosing_names() if chooses else nullcontext():
+            if dist.is_initialized():
+                # Every rank looks for the first free name by itself: not before their first one has the lock, lest
+                # another run take a name in between, and some ranks join that run.
+                dist.barrier()
             super().__init__(
                 local=str(info.path),
                 split="train",
@@ -105,13 +110,14 @@ class TrainingSequences(StreamingDataset):
             loader._iterator._shutdown_workers()
         if hasattr(self, "_iterator"):
             self._iterator.exit()
-        for memory in self._shared_memory():
-            memory.cleanup()
-            # streaming would remove the names again at exit, when they may be another run's
-            atexit.unregister(memory.cleanup)
-        if self._unique_rank_world.is_local_leader:
-            for lock in (self._shared_barrier.filelock_path, self._cache_filelock_path):
-                Path(lock).unlink(missing_ok=True)
+        with choosing_names():
+            for memory in self._shared_memory():
+                memory.cleanup()
+                # streaming would remove the names again at exit, when they may be another run's
+                atexit.unregister(memory.cleanup)
+            if self._unique_rank_world.is_local_leader:
+                for lock in (self._shared_barrier.filelock_path, self._cache_filelock_path):
+                    Path(lock).unlink(missing_ok=True)
 
     def _shared_memory(self) -> Iterator[SharedMemory]:
         yield self._locals_shm

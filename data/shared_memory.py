@@ -19,7 +19,8 @@ _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 def choosing_names() -> Iterator[None]:
     """Keep this user's other processes on this node from choosing or removing segments meanwhile.
 
-    streaming takes the first free number; two runs that start in the same instant would take the same.
+    streaming takes the first free number, which each rank of a run finds by itself: what changes the numbers that
+    are taken, while they look, would have two runs take the same, or the ranks of one run different ones.
     """
     lock = Path(tempfile.gettempdir()) / f"trireme-{os.getuid()}-shared-memory.lock"
     with lock.open("w") as file:

@@ -34,3 +34,11 @@ def validate(path: str, limit: int | None) -> list[list[int]]:
     """The sample ids of this rank's validation batches."""
     batches = validation_batches(path, 3, dist.get_rank(), dist.get_world_size(), limit)
     return [batch.sample_ids.tolist() for batch in batches]
+
+
+def prefix(config: DataConfig) -> int:
+    """The number by which a new stream's shared memory is called."""
+    stream = TrainingStream(config, 7, dist.get_rank(), dist.get_world_size())
+    number: int = stream._sequences._shm_prefix_int
+    stream.close()
+    return number
