@@ -101,7 +101,7 @@ class MonitorConfig(Section):
     """What is shown of a run while it trains."""
 
     print_every_steps: int = Field(10, ge=1)
-    """In a pipe or a file, a line every so many steps."""
+    """In a pipe or a file, a line every so many steps; in TensorBoard, histograms of the experts' load."""
     tensorboard: bool = True
     """Write TensorBoard's event files into the run folder."""
 
