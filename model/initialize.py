@@ -55,7 +55,7 @@ def _fill(
     shrink = 1.0
     if init == "residual" and config.residual_scaled_init:
         shrink = math.sqrt(2 * config.num_layers)
-    if config.init == "xavier" and init != "embedding" and len(shape) > 1:
+    if config.init == "xavier" and init in ("normal", "residual") and len(shape) > 1:
         bound = math.sqrt(6 / (shape[-1] + shape[-2])) / shrink
         values.uniform_(-bound, bound, generator=generator)
     else:
