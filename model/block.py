@@ -54,7 +54,7 @@ class Block(nn.Module):
             nonlocal routing
             if not isinstance(self.feedforward, MoE):
                 return self.feedforward(h)
-            h, routing = self.feedforward(h)
+            h, routing = self.feedforward(h, mask.padding)
             return h
 
         def both(h: Tensor) -> Tensor:

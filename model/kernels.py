@@ -41,7 +41,7 @@ class Mask(NamedTuple):
     documents: Tensor | None = None
     """For linear attention: (B, T) int64, contiguous."""
     padding: Tensor | None = None
-    """For linear attention: (B, T) bool, True at padding."""
+    """For linear attention and experts: (B, S) bool by place, True at padding."""
     part: Part | None = None
     """The mask is one of whole sequences, of which the activations are this part; None: all of it."""
 

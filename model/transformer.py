@@ -115,7 +115,7 @@ class Trunk(Model):
             padding=padding,
             cached=cache is not None,
         )
-        mask = mask._replace(part=part)
+        mask = mask._replace(part=part, padding=padding)
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotation, None if cache is None else cache.layers[index])
             if isinstance(x, tuple):
