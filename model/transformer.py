@@ -52,6 +52,7 @@ class Trunk(Model):
         self.blocks = nn.ModuleList(
             Block(config, moe=layer in config.moe_layers) for layer in range(config.num_layers)
         )
+        self.embedding_norm = NORMS[config.norm.type](config) if config.norm.embedding else None
         self.norm = None if config.norm.placement == "post" else NORMS[config.norm.type](config)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -86,6 +87,8 @@ class Trunk(Model):
         x = self.positions.embed(embeddings, offset, places)
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = F.dropout(x, self.config.dropout, self.training)
         x, routings = self._through_blocks(x, offset, cache, document_ids, padding, part)
         x = x if prefix is None else x[:, prefix.shape[1] :]
@@ -254,7 +257,8 @@ def trunk_cost(config: ModelConfig, seq_len: int) -> Cost:
     if with_experts:
         cost += Block.cost(config, seq_len, moe=True) * with_experts
     cost += Cost(flops=head.flops) if config.tie_embeddings else head
-    return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
+    norms = config.norm.embedding + (config.norm.placement != "post")
+    return cost + NORMS[config.norm.type].cost(config) * norms
 
 
 def _describe(moe: MoEConfig, layers: int, num_layers: int) -> str:

@@ -7,12 +7,13 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig
 from model.convert.architecture import Architecture
+from model.convert.bloom import BLOOM
 from model.convert.falcon import FALCON
 from model.convert.gpt2 import GPT2
 from model.convert.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
 from model.errors import ConversionError
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON, BLOOM)
 
 _TRAINING_ONLY = (
     "dropout", "attention.dropout", "ffn.dropout", "attention.kernel", "init", "init_std", "residual_scaled_init",

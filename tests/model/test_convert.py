@@ -38,6 +38,7 @@ SMALL_FALCON = {
     "alibi": False,
     "new_decoder_architecture": False,
 }
+SMALL_BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", SMALL_LLAMA),
     ("llama", SMALL_LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -48,6 +49,11 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", SMALL_GPT2),
     ("falcon", SMALL_FALCON),
     ("falcon", SMALL_FALCON | {"bias": True, "tie_word_embeddings": False}),
+    ("bloom", SMALL_BLOOM),
+    (
+        "bloom",
+        SMALL_BLOOM | {"n_head": 6, "hidden_size": 36, "seq_length": 128, "tie_word_embeddings": False},
+    ),
 ]
 
 
@@ -92,6 +98,7 @@ def test_logits_equal_and_weights_come_back(model_type: str, settings: dict[str,
         ({"norm": {"placement": "sandwich"}}, "the nearest, llama, lacks model.norm.placement=sandwich"),
         ({"positional": {"encoding": "none"}}, "lacks model.positional.encoding=none"),
         ({"ffn": {"variant": "geglu"}}, "lacks model.ffn.variant=geglu"),
+        ({"norm": {"embedding": True}}, "the nearest, llama, lacks model.norm.embedding=True"),
     ],
 )
 def test_what_no_architecture_holds_is_refused(settings: dict[str, Any], reason: str) -> None:
@@ -107,6 +114,7 @@ def test_what_no_architecture_holds_is_refused(settings: dict[str, Any], reason:
         ({}, "model_type=None is not known"),
         ({"model_type": "llama"}, "config.json has no 'num_attention_heads'"),
         ({"model_type": "falcon", "alibi": True}, "alibi=true"),
+        ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "post_layernorm=true"),
     ],
 )
 def test_configurations_that_are_not_known_are_refused(theirs: dict[str, Any], reason: str) -> None:
