@@ -20,6 +20,8 @@ SMALL_LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "rms_norm_eps": 0.1,
+    "rope_theta": 300.0,
 }
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -28,7 +30,14 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-SMALL_GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SMALL_GPT2 = {
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "layer_norm_epsilon": 0.1,
+}
 SMALL_FALCON = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -37,8 +46,10 @@ SMALL_FALCON = {
     "max_position_embeddings": 64,
     "alibi": False,
     "new_decoder_architecture": False,
+    "layer_norm_epsilon": 0.1,
+    "rope_theta": 300.0,
 }
-SMALL_BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+SMALL_BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4, "layer_norm_epsilon": 0.1}
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", SMALL_LLAMA),
     ("llama", SMALL_LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -113,6 +124,8 @@ def test_what_no_architecture_holds_is_refused(settings: dict[str, Any], reason:
         ({"model_type": "mamba"}, "model_type='mamba' is not known here: llama, mistral"),
         ({}, "model_type=None is not known"),
         ({"model_type": "llama"}, "config.json has no 'num_attention_heads'"),
+        (SMALL_LLAMA | {"model_type": "llama", "hidden_act": "gelu"}, "hidden_act=gelu: only silu"),
+        (SMALL_FALCON | {"model_type": "falcon", "activation": "relu"}, "activation=relu is not known here"),
         ({"model_type": "falcon", "alibi": True}, "alibi=true"),
         ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "post_layernorm=true"),
     ],
