@@ -58,7 +58,7 @@ class Router(nn.Module):
         return F.linear(x.to(wide), self.weight.to(wide))
 
     def route(self, logits: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
-        """The routing of whole sequences by their logits (B, T, X); padding (B, S) is that of the last T of S tokens."""
+        """The routing of whole sequences by their logits (B, T, X); padding (B, S): they are the last T of S."""
         scores = logits.softmax(dim=-1) if self.config.router == "softmax" else logits.sigmoid()
         ranked = scores if self.selection_bias is None else scores + self.selection_bias
         chosen = ranked.topk(self.config.top_k, dim=-1).indices

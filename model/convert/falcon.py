@@ -11,7 +11,12 @@ _ATTENTION = tuple(f"blocks.{{i}}.attention.{part}" for part in ("query", "key",
 
 
 def _to_ours(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    known = {"parallel_attn": True, "multi_query": True, "new_decoder_architecture": False, "activation": "gelu"}
+    known = {
+        "parallel_attn": True,
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "activation": "gelu",
+    }
     for key, wanted in known.items():
         if theirs.get(key, wanted) != wanted:
             raise ConversionError(f"{key}={theirs[key]} is not known here: only falcon-7b's {wanted} is")

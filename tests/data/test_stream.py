@@ -238,16 +238,30 @@ def test_a_run_that_starts_beside_another_keeps_to_itself(
     from streaming.base.shared.prefix import get_shm_prefix
     from streaming.base.world import World
 
-    pools[2].run(ranks.prefix, config(prepared))  # imports what takes its time
+    pools[2].run(ranks.prefixes, config(prepared))  # imports what takes its time
     with ThreadPoolExecutor() as thread:
         with choosing_names():
-            numbers = thread.submit(pools[2].run, ranks.prefix, config(prepared))
+            numbers = thread.submit(pools[2].run, ranks.prefixes, config(prepared))
             time.sleep(0.5)  # both ranks could have looked for a free name by now
             here = [str(prepared.path / "train")]
             taken, memory = get_shm_prefix(here, [None], World.detect())
         first, second = numbers.result()
     memory.cleanup()
-    assert first == second != taken
+    assert first == second
+    assert taken not in first
+
+
+def test_a_run_that_waits_for_a_rank_keeps_no_other_from_starting(
+    prepared: DatasetInfo, pools: dict[int, WorkerPool], tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    with ThreadPoolExecutor() as thread:
+        numbers = thread.submit(pools[2].run, ranks.prefixes, config(prepared), str(started))
+        time.sleep(0.5)
+        TrainingStream(config(prepared), 7, 0, 1).close()
+        started.touch()
+        first, second = numbers.result()
+    assert first == second
 
 
 KILLED = """
