@@ -254,6 +254,7 @@ def test_a_run_that_starts_beside_another_keeps_to_itself(
 def test_a_run_that_waits_for_a_rank_keeps_no_other_from_starting(
     prepared: DatasetInfo, pools: dict[int, WorkerPool], tmp_path: Path
 ) -> None:
+    pools[2].run(ranks.prefixes, config(prepared))  # imports what takes its time
     started = tmp_path / "started"
     with ThreadPoolExecutor() as thread:
         numbers = thread.submit(pools[2].run, ranks.prefixes, config(prepared), str(started))
