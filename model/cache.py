@@ -47,6 +47,12 @@ class KeyValues:
         self.length = end
         return keys[:, :, -visible:], values[:, :, -visible:]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (N,) int64."""
+        if self._buffers is not None:
+            keys, values = self._buffers
+            self._buffers = keys[rows], values[rows]
+
     def _buffer(self, part: Tensor) -> Tensor:
         batch, heads, _, width = part.shape
         return part.new_empty((batch, heads, self._size, width))
@@ -78,6 +84,12 @@ class RunningState:
         """The sums after so many new tokens."""
         self.sums = sums
         self.length += new
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (N,) int64."""
+        if self.sums is not None:
+            above, below = self.sums
+            self.sums = above[rows], below[rows]
 
 
 LayerCache = KeyValues | RunningState
@@ -113,3 +125,10 @@ class KeyValueCache:
         new = torch.zeros_like(tokens, dtype=torch.bool) if padding is None else padding
         self.padding = torch.cat((self.padding, new), dim=1)
         return self.padding
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch (N,) int64, in this order, of which some may come more than once."""
+        for layer in self.layers:
+            layer.reorder(rows)
+        if self.padding is not None:
+            self.padding = self.padding[rows]

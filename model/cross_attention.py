@@ -3,6 +3,8 @@
 B batch, T queries, S tokens of the memory, D d_model, K kv heads, E head_dim.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from model.config import ModelConfig, known
@@ -16,6 +18,23 @@ class MemoryCache:
 
     def __init__(self) -> None:
         self.key_value: tuple[Tensor, Tensor] | None = None
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (N,) int64."""
+        if self.key_value is not None:
+            key, value = self.key_value
+            self.key_value = key[rows], value[rows]
+
+
+class Memory(NamedTuple):
+    """What a block's cross-attention looks at."""
+
+    states: Tensor
+    """(B, S, D)"""
+    padding: Tensor | None = None
+    """(B, S) bool, True where padded."""
+    cache: MemoryCache | None = None
+    """Of this block."""
 
 
 class CrossAttention(Projections):

@@ -68,11 +68,16 @@ def reach(config: AttentionConfig) -> int | None:
 
 
 def allowed_pairs(config: AttentionConfig, documents: Tensor | None, padding: Tensor | None) -> Allowed:
-    """The configured mask, within documents (B, S) and without padding (B, S) where these are given."""
+    """The configured mask, within documents (B, S) and without padding (B, S) where these are given.
+
+    Blocks are counted from a row's first token, padding before it left out.
+    """
     seen = predicate(config)
+    in_blocks = config.mask_type == "local" or config.pattern == "fixed"
+    first = (~padding).long().argmax(dim=1) if padding is not None and in_blocks else None
 
     def allowed(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        pairs = seen(query, key)
+        pairs = seen(query, key) if first is None else seen(query - first[row], key - first[row])
         if documents is not None:
             pairs = pairs & (documents[row, query] == documents[row, key])
         return pairs if padding is None else pairs & ~padding[row, key]
@@ -113,7 +118,7 @@ def make_mask(
         else:
             allowed = allowed_pairs(config, documents, padding)
             block_mask = flex_block_mask(allowed, len(x), len(keys), x.device)
-        score_mod = flex_score_mod(bias, config.logit_soft_cap)
+        score_mod = flex_score_mod(bias, config.logit_soft_cap, 0 if heads is None else heads.start)
         return Mask("flex", block_mask=block_mask, score_mod=score_mod)
     if flagged:
         return Mask(kernel, is_causal=is_causal and not sees_all)

@@ -12,6 +12,7 @@ from data.dataset import ImageCodesInfo, open_dataset
 from data.tokenizer import Tokenizer
 from model.build import build_model
 from model.generate import stream
+from model.sampling import Sampling
 from model.transformer import Trunk
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
@@ -24,7 +25,7 @@ from train.evaluate import validation_loss
 from train.resolve import resolve
 from train.run import make_engine
 from train.run_folder import RunFolder, open_run
-from train.samples import Choice, encode_prompt
+from train.samples import Choice, begin
 
 log = logging.getLogger(__name__)
 
@@ -112,17 +113,21 @@ def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choic
     """The text that goes on from `prompt`, piece by piece, up to the document's end."""
     tokenizer = run.tokenizer
     decoder = tokenizer.incremental_decoder()
+    start, inputs = begin(run.model, tokenizer, prompt, run.device)
     try:
         tokens = stream(
             run.model,
-            encode_prompt(tokenizer, prompt).to(run.device),
+            start,
             max_new_tokens,
-            temperature=choice.temperature,
-            top_k=choice.top_k,
-            top_p=choice.top_p,
-            stop_token=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
+            Sampling(
+                temperature=choice.temperature,
+                top_k=choice.top_k,
+                top_p=choice.top_p,
+                stop_tokens=(tokenizer.eos_id,),
+                vocab_size=tokenizer.vocab_size,
+            ),
             generator=torch.Generator(run.device).manual_seed(choice.seed),
+            inputs=inputs,
         )
     except ValueError as error:  # what this model can't generate
         raise RunError(str(error)) from None

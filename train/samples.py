@@ -9,7 +9,9 @@ from torch import Tensor
 
 from data.codebook import Codebook, grid
 from data.dataset import DatasetInfo, ImageCodesInfo, TextInfo
+from data.prepare_pairs import source_ids
 from data.tokenizer import Tokenizer
+from model.encoder_decoder.model import EncoderDecoder
 from model.flow_matching.model import FlowMatching
 from model.flow_matching.refine import refine
 from model.generate import generate
@@ -61,13 +63,37 @@ def make_sample(
 def make_text(
     model: Trunk, tokenizer: Tokenizer, prompt: str, tokens: int, choice: Choice, device: torch.device
 ) -> str:
-    """The prompt and up to `tokens` tokens more."""
-    if isinstance(model, FlowMatching):
-        ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)
+    """The prompt and up to `tokens` tokens more; of an encoder and decoder, what it answers to the prompt."""
+    start, inputs = begin(model, tokenizer, prompt, device)
+    full = draw_tokens(
+        model, start, tokens, choice, tokenizer.vocab_size, stop_token=tokenizer.eos_id, inputs=inputs
+    )
+    return shown_prompt(model, prompt) + tokenizer.decode(full[0, start.shape[1] :].tolist())
+
+
+def begin(
+    model: Trunk, tokenizer: Tokenizer, prompt: str, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tokens (1, T) int64 to go on from, and what the model takes beside them.
+
+    An empty prompt is the end of a document, after which another begins. To an encoder the prompt is the source, cut
+    to the longest that it was trained on; the decoder starts with padding.
+    """
+    inputs: dict[str, Tensor] = {}
+    if isinstance(model, EncoderDecoder):
+        source = source_ids(tokenizer, prompt, model.config.memory_len)
+        inputs["source"] = torch.tensor([source], device=device)
+        start = [tokenizer.pad_id]
+    elif isinstance(model, FlowMatching):
+        start = tokenizer.encode(prompt)
     else:
-        ids = encode_prompt(tokenizer, prompt).to(device)
-    full = draw_tokens(model, ids, tokens, choice, tokenizer.vocab_size, stop_token=tokenizer.eos_id)
-    return prompt + tokenizer.decode(full[0, ids.shape[1] :].tolist())
+        start = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    return torch.tensor([start], dtype=torch.int64, device=device), inputs
+
+
+def shown_prompt(model: Trunk, prompt: str) -> str:
+    """What of the prompt belongs to the text that is made."""
+    return "" if isinstance(model, EncoderDecoder) else prompt
 
 
 def make_pictures(
@@ -118,11 +144,6 @@ def takes_classes(model: Trunk) -> bool:
     return "classes" in model.config.inputs
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """(1, T) int64; an empty prompt is the end of a document, after which another begins."""
-    return torch.tensor([tokenizer.encode(prompt) or [tokenizer.eos_id]])
-
-
 def draw_tokens(
     model: Trunk,
     start: Tensor,
@@ -158,7 +179,7 @@ def draw_tokens(
             temperature=choice.temperature,
             top_k=choice.top_k,
             top_p=choice.top_p,
-            stop_token=stop_token,
+            stop_tokens=() if stop_token is None else (stop_token,),
             vocab_size=vocab_size,
             generator=generator,
             inputs=inputs,

@@ -33,16 +33,18 @@ class ImageCodes(Trunk):
         targets: Tensor | None = None,
         *,
         classes: Tensor | None = None,
+        padding: Tensor | None = None,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (B, T), classes (B,) int64 -> logits (B, T, V), or (B, 1, V) with last_only.
 
         With targets (B, T): (logits, loss), the mean over targets that are not IGNORE_INDEX.
-        With a cache: tokens go on from those that the cache holds.
+        padding (B, T) bool: tokens that no token sees. With a cache: tokens go on from those that it holds.
         Raises ValueError past the learned positions, and where classes are missing or not asked for.
         """
-        return self._logits(self._run(self._embed(tokens, classes), cache), targets, last_only=last_only)
+        hidden = self._run(self._embed(tokens, classes), cache, None, padding)
+        return self._logits(hidden, targets, last_only=last_only)
 
     def loss_sum(
         self, tokens: Tensor, targets: Tensor, classes: Tensor | None = None, *, part: Part | None = None

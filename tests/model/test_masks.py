@@ -77,9 +77,10 @@ def test_every_mask_is_its_double_loop(config, length, data):
     mask = made(config, queries, keys, **{k: v for k, v in options.items() if v is not None})
     table = as_table(mask, queries, keys, 2)
     for row in range(2):
+        first = 0 if padding is None else [*padding[row].tolist(), False].index(False) % length
         for query in queries:
             for key in keys:
-                expected = sees(config, query, key)
+                expected = sees(config, query - first, key - first)
                 if documents is not None:
                     expected &= bool(documents[row, query] == documents[row, key])
                 if padding is not None:
@@ -137,6 +138,11 @@ PACKED = [
     {"attention.mask_type": "sliding_window"},
     {"attention.mask_type": "bidirectional"},
 ]
+BLOCKS: list[dict[str, object]] = [
+    {"attention.mask_type": "local"},
+    {"attention.mask_type": "block_sparse"},
+    {"attention.mask_type": "block_sparse", "attention.pattern": "fixed"},
+]
 
 
 @pytest.mark.parametrize("choice", PACKED, ids=str)
@@ -156,7 +162,7 @@ def test_packed_documents_are_as_if_alone(choice, monkeypatch):
     torch.testing.assert_close(model.loss_sum(tokens, targets, document_ids=ids) / 30, mean)
 
 
-@pytest.mark.parametrize("choice", PACKED, ids=str)
+@pytest.mark.parametrize("choice", PACKED + BLOCKS, ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(choice, side):
     config = config_of(choice)
@@ -172,7 +178,7 @@ def test_padding_changes_nothing(choice, side):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("choice", PACKED[:-1], ids=str)
+@pytest.mark.parametrize("choice", PACKED[:-1] + BLOCKS, ids=str)
 def test_a_padded_prompt_is_continued(choice):
     config = config_of(choice)
     model = build(config).double()

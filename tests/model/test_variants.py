@@ -7,8 +7,9 @@ from model.build import build_model
 from model.count import parameter_count
 from model.generate import generate
 from model.loss import IGNORE_INDEX
+from model.reader import pad_left
 from model.weights import declared_weights
-from tests.model.variants import build, config_of, pairwise, random_tokens
+from tests.model.variants import build, config_of, lively, pairwise, random_tokens
 
 CHOICES = pairwise()
 NAMES = ["-".join(str(value) for value in choice.values()) for choice in CHOICES]
@@ -71,7 +72,7 @@ def test_declares_and_counts(choice):
 @every_pair
 def test_cached_generation_is_uncached_generation(choice):
     config = config_of(choice)
-    model = build(config, seed=1).double()
+    model = lively(config)
     prompt = random_tokens(config, 3, 4)
     if config.attention.mask_type == "bidirectional":
         with pytest.raises(ValueError, match=r"mask_type=bidirectional can't generate"):
@@ -79,6 +80,20 @@ def test_cached_generation_is_uncached_generation(choice):
         return
     cached, uncached = (generate(model, prompt, 12, temperature=0, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@every_pair
+def test_a_left_padded_batch_goes_on_as_its_rows_do_alone(choice):
+    config = config_of(choice)
+    if config.attention.mask_type == "bidirectional":
+        return
+    model = lively(config)
+    prompts = [random_tokens(config, 1, length, seed=length)[0].tolist() for length in (2, 7)]
+    tokens, padding = pad_left(prompts)
+    alone = [generate(model, torch.tensor([prompt]), 10, temperature=0)[0, -10:] for prompt in prompts]
+    for use_cache in (True, False):
+        made = generate(model, tokens, 10, temperature=0, padding=padding, use_cache=use_cache)
+        assert torch.equal(made[:, 7:], torch.stack(alone))
 
 
 @every_pair

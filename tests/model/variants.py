@@ -19,7 +19,7 @@ OPTIONS: dict[str, list[Any]] = {
     "attention.logit_soft_cap": [None, 2.0],
     "positional.encoding": ["rope", "alibi", "relative", "sinusoidal", "learned", "none"],
     "positional.rope_scaling": [None, 2.0, "ntk", "yarn", "llama3"],
-    "ffn.variant": ["swiglu", "geglu", "glu", "mlp"],
+    "ffn.variant": ["swiglu", "geglu", "geglu_tanh", "glu", "mlp"],
     "ffn.bias": [False, True],
     "moe": ["none", "softmax", "sigmoid"],
     "norm.type": ["rmsnorm", "layernorm", "scalenorm"],
@@ -85,6 +85,14 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     model = build_model(config)
     assert isinstance(model, Transformer)
     initialize(model, config, seed)
+    return model
+
+
+def lively(config: ModelConfig) -> Transformer:
+    """In fp64, with weights so large that what is generated depends on all that came before."""
+    model = build(config, seed=1).double()
+    for parameter in model.parameters():
+        parameter.data *= 3
     return model
 
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 def generate(
     run: Annotated[str, typer.Argument(help="The folder of a run, such as runs/demo.")],
-    prompt: Annotated[str, typer.Option(help="What to go on from; empty: begin a document.")] = "",
+    prompt: Annotated[
+        str,
+        typer.Option(help="What to go on from, empty: begin a document; of pairs, the source to answer to."),
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest only.")] = None,
@@ -84,12 +87,12 @@ def _write_pictures(
 def _print_text(loaded: "LoadedRun", prompt: str, max_new_tokens: int, choice: "Choice") -> None:
     from model.flow_matching.model import FlowMatching
     from train.evaluate_run import continuation
-    from train.samples import make_text
+    from train.samples import make_text, shown_prompt
 
     if isinstance(loaded.model, FlowMatching):
         print(make_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens, choice, loaded.device))
         return
-    print(prompt, end="", flush=True)
+    print(shown_prompt(loaded.model, prompt), end="", flush=True)
     for piece in continuation(loaded, prompt, max_new_tokens, choice):
         print(piece, end="", flush=True)
     print()
