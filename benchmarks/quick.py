@@ -24,10 +24,9 @@ from model.build import build_model
 from model.initialize import initialize
 from parallel.layout import Layout
 from parallel.processes import process_group
-from train.config import Config
+from train.config import Config, OptimizerConfig
 from train.metrics import Metrics
 from train.monitor import Monitor
-from train.optimizer import make_optimizer
 from train.resolve import Plan
 from train.run import make_engine
 from train.samples import Sample
@@ -175,7 +174,7 @@ class BareLoop:
 
     def __init__(self, config: Config, model: nn.Module) -> None:
         self.config, self.model = config, torch.compile(model) if config.compile.enabled else model
-        self.optimizer = make_optimizer(model, config.optimizer)
+        self.optimizer = _adamw(model, config.optimizer)
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
         self._losses: list[Tensor] = []
 
@@ -195,6 +194,15 @@ class BareLoop:
     def losses(self) -> list[float]:
         """Of every step so far."""
         return [loss.item() for loss in self._losses]
+
+
+def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def model_line() -> str:

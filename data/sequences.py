@@ -3,23 +3,26 @@
 import atexit
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.dataset import COLUMN, SOURCE, SOURCE_PADDING, DatasetInfo
-from data.shared_memory import choosing_names
+from data.shared_memory import choosing_names, free_number
 from data.shims import let_streaming_import
 
 let_streaming_import()
 
+import streaming.base.dataset  # noqa: E402
 from streaming import StreamingDataLoader, StreamingDataset  # noqa: E402
+from streaming.base.constant import LOCALS  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.shared import SharedMemory  # noqa: E402
+from streaming.base.shared.prefix import _get_path, _pack_locals  # noqa: E402
 from streaming.base.spanner import Spanner  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
@@ -33,6 +36,36 @@ Collated = tuple[Tensor, Tensor, dict[str, Tensor]]
 _CANONICAL_NODES = 1
 """With one, global batch n is the nth run of `global_batch_size` samples of the epoch's permutation, whatever the
 number of nodes, of which streaming asks that they divide the canonical ones or the reverse."""
+
+
+def _take_number(
+    streams_local: list[str], streams_remote: list[str | None], world: World
+) -> tuple[int, SharedMemory]:
+    """In place of streaming's `get_shm_prefix`: the number by which this run's segments are called, and the first.
+
+    There every rank looks for a free number by itself, so that of runs that start at once a rank of one may join
+    the other, and all wait for ever. Here each node's first rank takes one and tells the others.
+    """
+    number, memory = -1, None
+    if world.is_local_leader:
+        number, memory = _claim(streams_local)
+    if dist.is_initialized():
+        numbers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(numbers, (world.node, number))
+        number = max(taken for node, taken in numbers if node == world.node)
+    return number, memory or SharedMemory(_get_path(number, LOCALS), False)
+
+
+def _claim(streams_local: list[str]) -> tuple[int, SharedMemory]:
+    with choosing_names():
+        number = free_number()
+        content = _pack_locals(streams_local, number)
+        memory = SharedMemory(_get_path(number, LOCALS), True, len(content))
+    memory.buf[: len(content)] = content
+    return number, memory
+
+
+streaming.base.dataset.get_shm_prefix = _take_number
 
 
 class TrainingSequences(StreamingDataset):
@@ -49,22 +82,18 @@ class TrainingSequences(StreamingDataset):
         shuffle: bool,
         seed: int,
     ) -> None:
-        # Across nodes no lock: runs that share two nodes could wait for each other.
-        processes = World.detect()
-        chooses = processes.is_local_leader and processes.num_nodes == 1
-        with choosing_names() if chooses else nullcontext():
-            super().__init__(
-                local=str(info.path),
-                split="train",
-                batch_size=batch_size,
-                epoch_size=epoch_size,
-                shuffle=shuffle,
-                shuffle_seed=seed,
-                num_canonical_nodes=_CANONICAL_NODES,
-                # streaming's own defaults, which it would announce in every process
-                predownload=8 * batch_size,
-                shuffle_block_size=4_000_000,
-            )
+        super().__init__(
+            local=str(info.path),
+            split="train",
+            batch_size=batch_size,
+            epoch_size=epoch_size,
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            num_canonical_nodes=_CANONICAL_NODES,
+            # streaming's own defaults, which it would announce in every process
+            predownload=8 * batch_size,
+            shuffle_block_size=4_000_000,
+        )
         self.pad_id = info.pad_id
         self._positions: list[SharedMemory] = []
         # Processes coordinate as what they are (`_unique_rank_world`, from the environment) and read as the data

@@ -1,4 +1,4 @@
-"""Removing the shared memory that killed runs left behind."""
+"""The names of shared memory: taking one, and removing what killed runs left behind."""
 
 import fcntl
 import os
@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -19,12 +20,21 @@ _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 def choosing_names() -> Iterator[None]:
     """Keep this user's other processes on this node from choosing or removing segments meanwhile.
 
-    streaming takes the first free number; two runs that start in the same instant would take the same.
+    Within it nobody may wait for another process, on which all runs of the user would wait.
     """
     lock = Path(tempfile.gettempdir()) / f"trireme-{os.getuid()}-shared-memory.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed, or the process ends
         yield
+
+
+def free_number() -> int:
+    """The first number that no segment and no lock file bears, to be taken within `choosing_names`."""
+    folders = (_SHARED_MEMORY, Path(tempfile.gettempdir()))
+    names = [path.name for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    matches = (_SEGMENT.fullmatch(name) or _LOCK.fullmatch(name) for name in names)
+    taken = {int(match[1]) for match in matches if match}
+    return next(number for number in count() if number not in taken)
 
 
 def clean_stale_shared_memory() -> list[str]:

@@ -69,7 +69,7 @@ class Block(nn.Module):
             nonlocal routing
             if not isinstance(self.feedforward, MoE):
                 return self.feedforward(h)
-            h, routing = self.feedforward(h)
+            h, routing = self.feedforward(h, mask.padding)
             return h
 
         def all_at_once(h: Tensor) -> Tensor:

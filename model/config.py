@@ -81,6 +81,8 @@ class NormConfig(BaseModel):
     """Added to the mean square or the variance."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
     """Norm before each sub-layer, after its residual sum, or before and after the sub-layer."""
+    embedding: bool = False
+    """Norm of the embeddings too, before the first block (BLOOM)."""
 
 
 class BaseModelConfig(BaseModel):

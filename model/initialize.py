@@ -58,7 +58,7 @@ def _fill(
     gpt2 is normal (Radford et al. 2019). xavier is uniform for linear weights, with the variance
     2 / (in + out) (Glorot and Bengio 2010). Either is made smaller by `shrink`.
     """
-    if config.init == "xavier" and init != "embedding" and len(shape) > 1:
+    if config.init == "xavier" and init in ("normal", "residual") and len(shape) > 1:
         bound = math.sqrt(6 / (shape[-1] + shape[-2])) / shrink
         values.uniform_(-bound, bound, generator=generator)
     else:

@@ -40,7 +40,7 @@ class Mask(NamedTuple):
     documents: Tensor | None = None
     """For linear attention: (B, T) int64, contiguous."""
     padding: Tensor | None = None
-    """For linear attention: (B, T) bool, True at padding."""
+    """For linear attention and experts: (B, S) bool by place, True at padding."""
 
 
 def choose_kernel(config: AttentionConfig, x: Tensor, *, needs_tensor: bool, cached: bool) -> Kernel:

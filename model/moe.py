@@ -34,11 +34,11 @@ class MoE(nn.Module):
         self.shared = FEEDFORWARD[config.ffn.variant](with_width(config, width)) if width else None
         self.counts: Tensor | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x (B, T, D) -> (B, T, D), and how it was routed."""
-        weights, chosen, routing = self.router(x)
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) -> (B, T, D), and how it was routed. padding: as Router.route takes it."""
+        weights, chosen, routing = self.router(x, padding)
         copies = chosen.shape[-1]
-        # of these tokens; the routing's counts may be of longer sequences
+        # of these tokens, padding too; the routing's counts may be of longer sequences
         counts = torch.zeros_like(routing.counts[0]).scatter_add_(
             0, chosen.flatten(), torch.ones_like(chosen).flatten()
         )
@@ -115,7 +115,7 @@ class ExpertStatistics(NamedTuple):
 def expert_statistics(counts: Tensor) -> ExpertStatistics:
     """counts (L, 2, X) as `take_expert_counts` returns them."""
     chosen, dropped = counts.unbind(1)
-    total = chosen.sum(dim=1, keepdim=True)
+    total = chosen.sum(dim=1, keepdim=True).clamp_min(1)
     return ExpertStatistics(chosen / total, dropped.sum(dim=1) / total.squeeze(1))
 
 

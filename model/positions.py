@@ -123,7 +123,7 @@ class Relative(Positions):
         return learned
 
     def weights(self) -> dict[str, Weight]:
-        return {"weight": Weight("per_head", "embedding")}
+        return {"weight": Weight("per_head", "score_bias")}
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -1,6 +1,5 @@
 """Which experts a token goes through. B batch, T sequence, D d_model, X experts, K experts of a token."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +35,8 @@ class Router(nn.Module):
 
     With a capacity factor, an expert drops the last of a sequence's tokens that chose it, so that no token
     depends on a later one; outside of training it drops none.
+
+    Padding counts for nothing of this: a sequence is as long as it has other tokens.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,51 +48,57 @@ class Router(nn.Module):
         biased = config.moe.balance == "bias"
         self.register_buffer("selection_bias", torch.zeros(config.moe.num_experts) if biased else None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
         """x (B, T, D) -> weights (B, T, K), 0 where dropped; chosen experts (B, T, K) int64; the routing."""
-        return self.route(self.logits(x))
+        return self.route(self.logits(x), padding)
 
     def logits(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, X)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), self.weight.to(wide))
 
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Routing]:
-        """The routing of whole sequences by their logits (B, T, X)."""
+    def route(self, logits: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
+        """The routing of whole sequences by their logits (B, T, X); padding (B, S): they are the last T of S."""
         scores = logits.softmax(dim=-1) if self.config.router == "softmax" else logits.sigmoid()
         ranked = scores if self.selection_bias is None else scores + self.selection_bias
         chosen = ranked.topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.config.normalize_top_k:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
-        picked = torch.zeros_like(logits, dtype=torch.int32).scatter_(-1, chosen, 1)
-        auxiliary = self._auxiliary(logits, scores, picked)
-        weights, dropped = self._drop(weights, chosen, picked)
+        real = torch.ones_like(logits[..., :1], dtype=torch.bool)
+        if padding is not None:
+            real = ~padding[:, -logits.shape[1] :, None]
+        picked = torch.zeros_like(logits, dtype=torch.int32).scatter_(-1, chosen, 1) * real
+        auxiliary = self._auxiliary(logits, scores, picked, real)
+        weights, dropped = self._drop(weights, chosen, picked, real)
         counts = picked.sum(dim=(0, 1))
         return weights, chosen, Routing(auxiliary, torch.stack((counts, dropped)))
 
-    def _drop(self, weights: Tensor, chosen: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+    def _drop(self, weights: Tensor, chosen: Tensor, picked: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (B, T, K) without those over the capacity; how many were dropped of each expert, (X,)."""
         if self.config.capacity_factor is None or not self.training:
             return weights, torch.zeros_like(picked[0, 0], dtype=torch.int64)
-        even = picked.shape[1] * self.config.top_k / self.config.num_experts
-        capacity = math.ceil(self.config.capacity_factor * even)
+        even = real.sum(dim=1, keepdim=True).double() * self.config.top_k / self.config.num_experts
+        capacity = (self.config.capacity_factor * even).ceil().long()
         place = picked.cumsum(dim=1)
-        dropped = (place.amax(dim=1) - capacity).clamp_min(0).sum(dim=0)
+        dropped = (place.amax(dim=1, keepdim=True) - capacity).clamp_min(0).sum(dim=(0, 1))
         return weights.masked_fill(place.gather(-1, chosen) > capacity, 0.0), dropped
 
-    def _auxiliary(self, logits: Tensor, scores: Tensor, picked: Tensor) -> Tensor:
-        """The weighted losses (B,) of logits and scores (B, T, X); picked (B, T, X) is 1 where chosen."""
+    def _auxiliary(self, logits: Tensor, scores: Tensor, picked: Tensor, real: Tensor) -> Tensor:
+        """The weighted losses (B,) of logits and scores (B, T, X) of tokens that are real (B, T, 1); picked
+        (B, T, X) is 1 where chosen."""
         total = logits.new_zeros(len(logits))
+        length = real.sum(dim=1).clamp_min(1)
         if self.config.load_balance_loss:
             if self.config.router == "sigmoid":
                 scores = scores / scores.sum(dim=-1, keepdim=True)
-            share = picked.sum(dim=1) / (picked.shape[1] * self.config.top_k)
-            balance = (share * scores.mean(dim=1)).sum(dim=-1) * self.config.num_experts
+            share = picked.sum(dim=1) / (length * self.config.top_k)
+            mean = (scores * real).sum(dim=1) / length
+            balance = (share * mean).sum(dim=-1) * self.config.num_experts
             total = total + self.config.load_balance_loss * balance
         if self.config.router_z_loss:
-            squared = logits.logsumexp(dim=-1).square()
-            total = total + self.config.router_z_loss * squared.mean(dim=1)
+            squared = logits.logsumexp(dim=-1, keepdim=True).square()
+            total = total + self.config.router_z_loss * ((squared * real).sum(dim=1) / length).squeeze(1)
         return total
 
     @torch.no_grad()

@@ -49,6 +49,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, moe=layer in config.moe_layers) for layer in range(config.num_layers)
         )
+        self.embedding_norm = NORMS[config.norm.type](config) if config.norm.embedding else None
         self.norm = None if config.norm.placement == "post" else NORMS[config.norm.type](config)
 
     def _run(
@@ -91,6 +92,8 @@ class Stack(nn.Module):
         x = self.positions.embed(embeddings, offset, places)
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         return F.dropout(x, self.config.dropout, self.training)
 
     def _leave(self, hidden: Hidden, prefix_length: int = 0) -> Hidden:
@@ -123,6 +126,7 @@ class Stack(nn.Module):
             padding=padding,
             cached=cache is not None,
         )
+        mask = mask._replace(padding=padding)
         for index, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[index]
             x = block(x, mask, rotation, layer_cache, None if memories is None else memories[index])
@@ -150,7 +154,7 @@ class Trunk(Stack, Model):
     config: ModelConfig
     prefix_length: ClassVar[int] = 0
     """Places before the first token's that `start` adds and `finish` leaves out."""
-    entrance: ClassVar[tuple[str, ...]] = ("embedding",)
+    entrance: ClassVar[tuple[str, ...]] = ("embedding", "embedding_norm")
     """The modules that `start` alone needs, and `finish` where the head is tied to the embedding."""
     start: Callable[..., Tensor]
     """start(what loss_sum takes beside the targets) -> what enters the first block, (B, T, D)."""
@@ -324,13 +328,14 @@ class Transformer(Trunk):
 
 
 def stack_cost(config: ModelConfig, seq_len: int) -> Cost:
-    """Of positions, blocks and norm."""
+    """Of positions, blocks and norms."""
     with_experts = len(config.moe_layers)
     cost = POSITIONS[config.positional.encoding].cost(config)
     cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
     if with_experts:
         cost += Block.cost(config, seq_len, moe=True) * with_experts
-    return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
+    norms = config.norm.embedding + (config.norm.placement != "post")
+    return cost + NORMS[config.norm.type].cost(config) * norms
 
 
 def trunk_cost(config: ModelConfig, seq_len: int) -> Cost:

@@ -20,7 +20,7 @@ Sharding = Literal[
     "vocabulary",
     "experts",
 ]
-Init = Literal["normal", "residual", "embedding", "zeros", "ones"]
+Init = Literal["normal", "residual", "embedding", "score_bias", "zeros", "ones"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,16 @@ class Weight:
     none. every_head: none, but each head uses it alone, so that ranks with different heads have different parts
     of its gradient, to be summed.
     init: normal and residual are linear weights, residual those of projections into the residual stream;
-    embedding is a look-up table.
+    embedding is a look-up table of vectors, score_bias one of numbers that are added to attention's scores.
     """
 
     sharding: Sharding
     init: Init
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay is meant for it: for linear weights and vectors, not for biases and norms."""
+        return self.init in ("normal", "residual", "embedding")
 
 
 @runtime_checkable

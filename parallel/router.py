@@ -24,8 +24,8 @@ def route_whole_sequences(router: Router, tokens: Shares) -> None:
     """
     route = router.route
 
-    def routed(logits: Tensor) -> tuple[Tensor, Tensor, Routing]:
-        weights, chosen, routing = route(tokens.join(logits))
+    def routed(logits: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
+        weights, chosen, routing = route(tokens.join(logits), padding)
         return tokens.split(weights), tokens.split(chosen), routing
 
     router.route = routed  # type: ignore[method-assign]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, known
-from model.cross_attention import Memory
 from model.model import Model
 from model.moe import MoE
 from model.transformer import Trunk
@@ -139,7 +138,7 @@ def _make_region(module: nn.Module, group: dist.ProcessGroup, tokens: Tokens | N
     def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = args
         x = copy(x, group) if tokens is None else tokens.gather(x)
-        return x, *(o._replace(states=copy(o.states, group)) if isinstance(o, Memory) else o for o in others)
+        return x, *(copy(o, group) if _is_activation(o) else o for o in others)
 
     def leave(x: Tensor) -> Tensor:
         return add(x, group) if tokens is None else tokens.add_and_split(x)
@@ -154,6 +153,10 @@ def _make_region(module: nn.Module, group: dist.ProcessGroup, tokens: Tokens | N
             linear = module.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             _replace_forward(linear, _summed(linear, leave))
+
+
+def _is_activation(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
 def _summed(linear: nn.Linear, leave: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

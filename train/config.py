@@ -57,7 +57,7 @@ class RunConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019), fused; decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019), fused; biases and norms don't decay."""
 
     lr: float = Field(3e-4, gt=0)
     """The peak learning rate."""
@@ -68,7 +68,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled decay of matrices; vectors don't decay."""
+    """Decoupled decay of linear weights and embeddings; biases, norms and relative positions don't decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
@@ -101,7 +101,7 @@ class MonitorConfig(Section):
     """What is shown of a run while it trains."""
 
     print_every_steps: int = Field(10, ge=1)
-    """In a pipe or a file, a line every so many steps."""
+    """In a pipe or a file, a line every so many steps; in TensorBoard, histograms of the experts' load."""
     tensorboard: bool = True
     """Write TensorBoard's event files into the run folder."""
 

@@ -2,9 +2,41 @@
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+
+from model.moe import ExpertStatistics
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How evenly the experts of each layer that has any were used in a step, by layer in their order."""
+
+    load: list[list[float]]
+    """The share of the layer's choices that fell on each expert."""
+    dropped: list[float]
+    """The share of the layer's choices that went over an expert's capacity."""
+
+    @classmethod
+    def of(cls, statistics: ExpertStatistics) -> "ExpertLoad":
+        """Read from the device, which is waited for."""
+        return cls(statistics.load.tolist(), statistics.dropped.tolist())
+
+    @property
+    def imbalance(self) -> list[float]:
+        """The largest load over the mean one: 1 where even, the number of experts where one takes all."""
+        return [max(shares) * len(shares) for shares in self.load]
+
+    def values(self) -> dict[str, list[float]]:
+        """As in metrics.jsonl."""
+        return {"imbalance": _rounded(self.imbalance), "dropped": _rounded(self.dropped)}
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 @dataclass(frozen=True)
@@ -30,11 +62,16 @@ class Metrics:
     data_seconds: float
     """Waiting for the batch, part of `step_seconds`."""
     validation_loss: float | None = None
+    experts: ExpertLoad | None = None
 
-    def values(self) -> dict[str, float]:
-        """Those that are known, by name."""
-        known = {field.name: getattr(self, field.name) for field in fields(self)}
+    def numbers(self) -> dict[str, float]:
+        """Those that are known, by name, of the whole model."""
+        known = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "experts"}
         return {name: value for name, value in known.items() if value is not None}
+
+    def values(self) -> dict[str, Any]:
+        """All that is known, as in metrics.jsonl."""
+        return self.numbers() | ({} if self.experts is None else {"experts": self.experts.values()})
 
 
 def peak_memory_bytes(device: torch.device) -> int:

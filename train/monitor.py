@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from data.codebook import write_png
 from train.config import Config
 from train.duration import format_seconds
-from train.metrics import Metrics
+from train.metrics import ExpertLoad, Metrics
 from train.resolve import Plan
 from train.run_folder import RunFolder, to_yaml
 from train.samples import Pictures, Sample
@@ -102,13 +102,14 @@ class SampleFiles:
 
 
 class TensorBoard:
-    """Scalars, samples, the configuration as text, and hyperparameters."""
+    """Scalars, the experts' loads, samples, the configuration as text, and hyperparameters."""
 
     def __init__(self, folder: Path, config: Config, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.histograms_every = config.monitor.print_every_steps
         self.writer.add_text("config", f"```yaml\n{to_yaml(config)}\n```", start)
         settings = {
             "lr": config.optimizer.lr,
@@ -124,12 +125,35 @@ class TensorBoard:
 
     def step(self, metrics: Metrics) -> None:
         """Write every value as a scalar."""
-        values = metrics.values()
+        values = metrics.numbers()
         step = int(values.pop("step"))
         if "validation_loss" in values:
             self.writer.add_scalar("validation/loss", values.pop("validation_loss"), step)
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
+        if metrics.experts is not None:
+            self._experts(metrics.experts, step)
+
+    def _experts(self, experts: ExpertLoad, step: int) -> None:
+        """A curve for each layer, and at times a histogram, whose bars are its experts."""
+        for layer, (imbalance, dropped) in enumerate(zip(experts.imbalance, experts.dropped, strict=True)):
+            self.writer.add_scalar(f"experts/imbalance/{layer}", imbalance, step)
+            self.writer.add_scalar(f"experts/dropped/{layer}", dropped, step)
+        if step % self.histograms_every:
+            return
+        for layer, load in enumerate(experts.load):
+            ends = list(range(1, len(load) + 1))
+            self.writer.add_histogram_raw(
+                f"experts/load/{layer}",
+                min=0,
+                max=len(load),
+                num=1,
+                sum=sum(load),
+                sum_squares=sum(share**2 for share in load),
+                bucket_limits=ends,
+                bucket_counts=load,
+                global_step=step,
+            )
 
     def sample(self, step: int, sample: Sample) -> None:
         """Write the sample; in text, Markdown has no meaning."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from data.stream import Batch, TrainingStream
+from model.moe import ExpertStatistics
 from parallel.processes import any_rank
-from train.metrics import Metrics, peak_memory_bytes
+from train.metrics import ExpertLoad, Metrics, peak_memory_bytes
 from train.monitor import Monitor
 from train.resolve import Plan
 from train.schedule import learning_rate
@@ -26,6 +27,9 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> Tensor:
         """Update the weights; returns the gradient norm before clipping."""
+
+    def expert_statistics(self) -> ExpertStatistics | None:
+        """The experts' load in the last step, on the device; None without experts."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Pending:
     step: int
     loss: Tensor
     grad_norm: Tensor
+    experts: ExpertStatistics | None
     lr: float
     step_seconds: float
     data_seconds: float
@@ -106,9 +111,10 @@ class Trainer:
         data_seconds = time.perf_counter() - began
         loss = self.engine.forward_backward(batch, self.step)
         grad_norm = self.engine.step(lr)
+        experts = self.engine.expert_statistics()
         self.tell()
         now = time.perf_counter()
-        self._pending = Pending(self.step, loss, grad_norm, lr, now - self._clock, data_seconds)
+        self._pending = Pending(self.step, loss, grad_norm, experts, lr, now - self._clock, data_seconds)
         self._clock = now
 
     def _due(self, every: int | None) -> bool:
@@ -133,6 +139,7 @@ class Trainer:
         if self._pending is None:
             return
         rate = self.plan.tokens_per_step / self._pending.step_seconds
+        experts = self._pending.experts
         metrics = Metrics(
             step=self._pending.step,
             tokens=self._pending.step * self.plan.tokens_per_step,
@@ -145,6 +152,7 @@ class Trainer:
             step_seconds=self._pending.step_seconds,
             data_seconds=self._pending.data_seconds,
             validation_loss=validation_loss,
+            experts=None if experts is None else ExpertLoad.of(experts),
         )
         self.monitor.step(metrics)
         self._pending = None

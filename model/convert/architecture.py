@@ -16,14 +16,15 @@ from model.errors import ConversionError
 class Layer:
     """One layer of theirs, with `{i}` for the block's number and `{x}` for an expert's.
 
-    Its weight (and bias) is that of our layers, their outputs one after another; `transposed`: stored (in, out).
-    With `{x}` in it, our one tensor holds the experts' weights stacked. `scale`: ours over theirs. `holds`: the models
-    that have the layer, where not all do.
+    Its weight (and bias) is that of our layers, their outputs one after another, or those of each head after
+    another (`by_head`); `transposed`: stored (in, out). With `{x}` in it, our one tensor holds the experts'
+    weights stacked. `scale`: ours over theirs. `holds`: the models that have the layer, where not all do.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
+    by_head: bool = False
     scale: Callable[[ModelConfig], float] = lambda config: 1.0
     holds: Callable[[ModelConfig], bool] = lambda config: True
 
@@ -68,6 +69,8 @@ def import_weights(
             raise ConversionError(
                 f"{layer.theirs.format(i=i, x=0)}{kind} is {tuple(whole.shape)}, not {wanted}"
             )
+        if layer.by_head:
+            whole = _regrouped(whole, config.attention.num_heads, len(names))
         for name, part in zip(names, whole.split(sizes), strict=True):
             ours[name] = part.contiguous()
     if missing := shapes.keys() - ours.keys():
@@ -85,6 +88,8 @@ def export_weights(
         if not all(name in ours for name in names):
             continue
         whole = torch.cat([ours[name] for name in names])
+        if layer.by_head:
+            whole = _regrouped(whole, len(names), config.attention.num_heads)
         if "{x}" in layer.theirs:
             for x, expert in enumerate(whole):
                 theirs[layer.theirs.format(i=i, x=x) + ".weight"] = expert.contiguous()
@@ -95,6 +100,11 @@ def export_weights(
             whole = whole / scale
         theirs[layer.theirs.format(i=i) + kind] = whole.contiguous()
     return theirs
+
+
+def _regrouped(whole: Tensor, outer: int, inner: int) -> Tensor:
+    """Rows (outer * inner * E, ...) in the order of (inner * outer * E, ...)."""
+    return whole.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _places(

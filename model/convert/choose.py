@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig
 from model.convert.architecture import Architecture
+from model.convert.bloom import BLOOM
 from model.convert.falcon import FALCON
 from model.convert.gpt2 import GPT2
 from model.convert.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
@@ -14,7 +15,7 @@ from model.convert.t5 import T5
 from model.errors import ConversionError
 from model.models import parse_model
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON, T5)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON, BLOOM, T5)
 
 _TRAINING_ONLY = (
     "dropout", "attention.dropout", "ffn.dropout", "attention.kernel", "init", "init_std", "residual_scaled_init",

@@ -11,8 +11,14 @@ _ATTENTION = tuple(f"blocks.{{i}}.attention.{part}" for part in ("query", "key",
 
 
 def _to_ours(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    for key, wanted in (("parallel_attn", True), ("multi_query", True), ("new_decoder_architecture", False)):
-        if theirs.get(key, wanted) is not wanted:
+    known = {
+        "parallel_attn": True,
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "activation": "gelu",
+    }
+    for key, wanted in known.items():
+        if theirs.get(key, wanted) != wanted:
             raise ConversionError(f"{key}={theirs[key]} is not known here: only falcon-7b's {wanted} is")
     if theirs.get("alibi"):
         raise ConversionError(

@@ -25,7 +25,7 @@ class FlowMatching(Trunk):
 
     config: FlowMatchingConfig
     prefix_length = 1
-    entrance = ("embedding", "time")
+    entrance = ("embedding", "embedding_norm", "time")
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         super().__init__(config)

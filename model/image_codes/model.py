@@ -20,7 +20,7 @@ class ImageCodes(Trunk):
     """A decoder; to all of its embeddings that of the picture's class is added."""
 
     config: ImageCodesConfig
-    entrance = ("embedding", "classes")
+    entrance = ("embedding", "embedding_norm", "classes")
 
     def __init__(self, config: ImageCodesConfig) -> None:
         super().__init__(config)

@@ -1,6 +1,8 @@
 """What the tests of the stream run in several processes."""
 
 import multiprocessing
+import time
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -34,3 +36,22 @@ def validate(path: str, limit: int | None) -> list[list[int]]:
     """The sample ids of this rank's validation batches."""
     batches = validation_batches(path, 3, dist.get_rank(), dist.get_world_size(), limit)
     return [batch.sample_ids.tolist() for batch in batches]
+
+
+def prefixes(config: DataConfig, waits_for: str | None = None) -> list[int]:
+    """The numbers by which two new streams' shared memory is called, one after the other.
+
+    waits_for: a file that the second rank waits for before it begins; it fails if it isn't there in ten seconds.
+    """
+    waits = waits_for is not None and dist.get_rank() == 1
+    deadline = time.monotonic() + 10
+    while waits and not Path(str(waits_for)).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    in_time = time.monotonic() < deadline
+    numbers = []
+    for _ in range(2):
+        stream = TrainingStream(config, 7, dist.get_rank(), dist.get_world_size())
+        numbers.append(stream._sequences._shm_prefix_int)
+        stream.close()
+    assert in_time, f"there is no {waits_for}"
+    return numbers

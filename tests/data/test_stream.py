@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import data.shared_memory
 from data.config import DataConfig
 from data.dataset import DatasetInfo, dataset_path, open_dataset
 from data.errors import InputError
-from data.shared_memory import clean_stale_shared_memory
+from data.shared_memory import choosing_names, clean_stale_shared_memory
 from data.stream import Batch, TrainingStream, validation_batches
 from parallel.processes import WorkerPool
 from tests.data import ranks
@@ -228,6 +230,39 @@ def _prefix(stream: TrainingStream) -> str:
 def _mapped_here() -> list[str]:
     maps = Path("/proc/self/maps").read_text().splitlines()
     return [line for line in maps if data.shared_memory._SEGMENT.search(line) and "deleted" not in line]
+
+
+def test_a_run_that_starts_beside_another_keeps_to_itself(
+    prepared: DatasetInfo, pools: dict[int, WorkerPool]
+) -> None:
+    from streaming.base.shared.prefix import get_shm_prefix
+    from streaming.base.world import World
+
+    pools[2].run(ranks.prefixes, config(prepared))  # imports what takes its time
+    with ThreadPoolExecutor() as thread:
+        with choosing_names():
+            numbers = thread.submit(pools[2].run, ranks.prefixes, config(prepared))
+            time.sleep(0.5)  # both ranks could have looked for a free name by now
+            here = [str(prepared.path / "train")]
+            taken, memory = get_shm_prefix(here, [None], World.detect())
+        first, second = numbers.result()
+    memory.cleanup()
+    assert first == second
+    assert taken not in first
+
+
+def test_a_run_that_waits_for_a_rank_keeps_no_other_from_starting(
+    prepared: DatasetInfo, pools: dict[int, WorkerPool], tmp_path: Path
+) -> None:
+    pools[2].run(ranks.prefixes, config(prepared))  # imports what takes its time
+    started = tmp_path / "started"
+    with ThreadPoolExecutor() as thread:
+        numbers = thread.submit(pools[2].run, ranks.prefixes, config(prepared), str(started))
+        time.sleep(0.5)
+        TrainingStream(config(prepared), 7, 0, 1).close()
+        started.touch()
+        first, second = numbers.result()
+    assert first == second
 
 
 KILLED = """

@@ -23,6 +23,8 @@ SMALL_LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "rms_norm_eps": 0.1,
+    "rope_theta": 300.0,
 }
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -31,7 +33,14 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-SMALL_GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SMALL_GPT2 = {
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "layer_norm_epsilon": 0.1,
+}
 SMALL_FALCON = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -40,7 +49,10 @@ SMALL_FALCON = {
     "max_position_embeddings": 64,
     "alibi": False,
     "new_decoder_architecture": False,
+    "layer_norm_epsilon": 0.1,
+    "rope_theta": 300.0,
 }
+SMALL_BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4, "layer_norm_epsilon": 0.1}
 SMALL_T5 = {
     "vocab_size": 61,
     "d_model": 32,
@@ -67,6 +79,11 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", SMALL_GPT2),
     ("falcon", SMALL_FALCON),
     ("falcon", SMALL_FALCON | {"bias": True, "tie_word_embeddings": False}),
+    ("bloom", SMALL_BLOOM),
+    (
+        "bloom",
+        SMALL_BLOOM | {"n_head": 6, "hidden_size": 36, "seq_length": 128, "tie_word_embeddings": False},
+    ),
 ]
 
 
@@ -170,6 +187,7 @@ def test_encoders_and_decoders_that_t5_does_not_hold(settings: dict[str, Any], l
         ({"norm": {"placement": "sandwich"}}, "the nearest, llama, lacks model.norm.placement=sandwich"),
         ({"positional": {"encoding": "none"}}, "lacks model.positional.encoding=none"),
         ({"ffn": {"variant": "geglu"}}, "lacks model.ffn.variant=geglu"),
+        ({"norm": {"embedding": True}}, "the nearest, llama, lacks model.norm.embedding=True"),
     ],
 )
 def test_what_no_architecture_holds_is_refused(settings: dict[str, Any], reason: str) -> None:
@@ -184,7 +202,10 @@ def test_what_no_architecture_holds_is_refused(settings: dict[str, Any], reason:
         ({"model_type": "mamba"}, "model_type='mamba' is not known here: llama, mistral"),
         ({}, "model_type=None is not known"),
         ({"model_type": "llama"}, "config.json has no 'num_attention_heads'"),
+        (SMALL_LLAMA | {"model_type": "llama", "hidden_act": "gelu"}, "hidden_act=gelu: only silu"),
+        (SMALL_FALCON | {"model_type": "falcon", "activation": "relu"}, "activation=relu is not known here"),
         ({"model_type": "falcon", "alibi": True}, "alibi=true"),
+        ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "post_layernorm=true"),
     ],
 )
 def test_configurations_that_are_not_known_are_refused(theirs: dict[str, Any], reason: str) -> None:

@@ -116,7 +116,7 @@ def test_score_mod_has_the_gradients_of_the_formula(encoding):
     config = config_with("causal", encoding)
     positions = POSITIONS[encoding](config)
     x = torch.zeros(1, 6, 4)
-    score_mod = flex_score_mod(positions.bias(x), 2.0)
+    score_mod = flex_score_mod(positions.bias(x), 2.0, 0)
     scores = torch.randn(1, 4, 6, 6, requires_grad=True)
     places = torch.arange(6)
     for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):

@@ -183,6 +183,56 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts():
     torch.testing.assert_close(torch.autograd.grad(sum(parts), parameters), expected)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    factor=st.sampled_from([None, 0.3, 0.75, 1.25]),
+    router=st.sampled_from(["softmax", "sigmoid"]),
+    attention=st.sampled_from(["gqa", "linear"]),
+    before=st.integers(0, 7),
+    after=st.integers(0, 3),
+)
+def test_a_padded_row_is_the_row_alone(factor, router, attention, before, after):
+    moe = EXPERTS | {
+        "capacity_factor": factor,
+        "router": router,
+        "router_z_loss": 0.1,
+        "load_balance_loss": 0.5,
+    }
+    config = config_of({"attention.variant": attention}, moe=moe)
+    model = build(config).double()
+    row, length = random_tokens(config, 1, 9), before + 9 + after
+    other = random_tokens(config, 1, length, seed=1)
+    padded = F.pad(row, (before, after), value=3)
+    padding = F.pad(torch.zeros_like(row, dtype=torch.bool), (before, after), value=True)
+
+    def trained(tokens, padding):
+        targets = tokens.roll(-1, 1)
+        if padding is not None:
+            targets[padding] = IGNORE_INDEX
+            targets[0, before + 8] = row[0, 0]
+        gradients = torch.autograd.grad(
+            model.loss_sum(tokens, targets, padding=padding), list(model.parameters())
+        )
+        return gradients, take_expert_counts(model)
+
+    alone, together = (trained(tokens, None) for tokens in (row, other))
+    both = torch.cat((padding, torch.zeros_like(padding)))
+    both_gradients, both_counts = trained(torch.cat((padded, other)), both)
+    assert torch.equal(both_counts, alone[1] + together[1])
+    for got, *parts in zip(both_gradients, alone[0], together[0], strict=True):
+        torch.testing.assert_close(got, sum(parts), rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_but_padding_counts_for_nothing():
+    model, tokens, targets = model_and_batch(capacity_factor=1.0, router_z_loss=0.1)
+    padding = torch.ones_like(tokens, dtype=torch.bool)
+    loss = model.loss_sum(tokens, torch.full_like(targets, IGNORE_INDEX), padding=padding)
+    loss.backward()
+    load, dropped = expert_statistics(take_expert_counts(model))
+    assert not load.any() and not dropped.any()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_auxiliary_losses_are_learned_from_but_not_reported():
     model, tokens, targets = model_and_batch()
     routers = [block.feedforward.router for block in model.blocks]

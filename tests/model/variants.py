@@ -24,6 +24,7 @@ OPTIONS: dict[str, list[Any]] = {
     "moe": ["none", "softmax", "sigmoid"],
     "norm.type": ["rmsnorm", "layernorm", "scalenorm"],
     "norm.placement": ["pre", "post", "sandwich"],
+    "norm.embedding": [False, True],
     "parallel_layers": [False, True],
     "tie_embeddings": [True, False],
     "init": ["gpt2", "xavier"],

@@ -106,6 +106,35 @@ def test_learns_and_records(pools: dict[int, WorkerPool], tiny_config: str, tmp_
     assert json.loads((folder.checkpoints / "step-00000030" / "manifest.json").read_text())["world_size"] == 2
 
 
+def test_records_how_evenly_experts_are_used(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    experts = ["model.moe.num_experts=4", "model.moe.first_layer=1", "model.moe.capacity_factor=0.75"]
+    overrides = [f"run.dir={tmp_path}", "run.steps=5", "monitor.print_every_steps=2", *experts]
+    pools[2].run(train_here, tiny_config, overrides)
+    folder = RunFolder(tmp_path / "run")
+    rows = [row["experts"] for row in read_metrics(folder)]
+    assert len(rows) == 5
+    for row in rows:
+        ((imbalance,), (dropped,)) = row["imbalance"], row["dropped"]
+        assert 1 <= imbalance <= 2  # an expert is at most one of a token's two
+        assert 0.25 <= dropped <= 1 - 0.75 / 2
+
+    events = EventAccumulator(str(folder.tensorboard), size_guidance={"histograms": 0})
+    events.Reload()
+    curves = {name: events.Scalars(f"experts/{name}/0") for name in ("imbalance", "dropped")}
+    for name, curve in curves.items():
+        assert [event.step for event in curve] == [1, 2, 3, 4, 5]
+        assert [event.value for event in curve] == pytest.approx([row[name][0] for row in rows], abs=1e-4)
+    histograms = events.Histograms("experts/load/0")
+    assert [event.step for event in histograms] == [2, 4]
+    for event in histograms:
+        loads = event.histogram_value.bucket
+        assert event.histogram_value.bucket_limit == [1, 2, 3, 4]
+        assert sum(loads) == pytest.approx(1)
+        assert max(loads) * 4 == pytest.approx(curves["imbalance"][event.step - 1].value)
+
+
 def test_stops_by_tokens(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
     overrides = [f"run.dir={tmp_path}", "run.steps=null", "run.tokens=600"]  # 256 a step
     assert pools[1].run(train_here, tiny_config, overrides) == [3]
