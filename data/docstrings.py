@@ -22,8 +22,8 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list
     docstring = node.body[0]
     assert docstring.end_lineno is not None and docstring.end_col_offset is not None
     code = lines[node.lineno - 1 : docstring.lineno - 1]
-    code.append(lines[docstring.lineno - 1][: docstring.col_offset] + b"\n")
     rest = lines[docstring.end_lineno - 1 : node.end_lineno]
-    code += [rest[0][docstring.end_col_offset :].lstrip(b"; "), *rest[1:]]
+    after = rest[0][docstring.end_col_offset :].lstrip(b"; ")
+    code += [lines[docstring.lineno - 1][: docstring.col_offset] + after, *rest[1:]]
     kept = [line.decode().rstrip() for line in code if line.strip()]
     return "\n".join(line.removeprefix(" " * node.col_offset) for line in kept) + "\n"

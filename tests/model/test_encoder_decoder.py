@@ -209,6 +209,23 @@ def test_flops(lengths: tuple[int, int], tied: bool) -> None:
     assert flops_per_token(model.config, lengths[1]) == pytest.approx(counted, rel=0.02)
 
 
+def test_layers_are_the_blocks_of_both() -> None:
+    model = make({})
+    parts = [list(stack) for stack in (model.encoder.blocks, model.blocks)]
+    assert [len(part) for part in parts] == [3, 2] and list(model.layers) == parts[0] + parts[1]
+
+
+def test_the_load_is_balanced_in_both() -> None:
+    gradients = []
+    for weight in (0.0, 1.0):
+        model = make({"moe": {"num_experts": 4, "d_ff": 12, "load_balance_loss": weight}})
+        model.loss_sum(*random_batch()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "router" in name})
+    plain, balanced = gradients
+    assert any(name.startswith("encoder.") for name in plain)
+    assert all((balanced[name] - gradient).abs().max() > 1e-3 for name, gradient in plain.items())
+
+
 def test_residual_projections_start_smaller_by_their_number() -> None:
     model = make({"d_model": 128, "num_encoder_layers": 8})
     for name, sums in (

@@ -1,19 +1,24 @@
-"""Runs of models that are no plain decoder: flow matching on text, and pictures' codes."""
+"""Runs of models that are no plain decoder: flow matching on text, pictures' codes, pairs of texts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.dataset import ImageCodesInfo
+from data.dataset import ImageCodesInfo, PairsInfo
+from data.prepare_pairs import prepare_pairs
 from data.prepare_pictures import prepare_pictures
+from model.encoder_decoder.config import EncoderDecoderConfig
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
 from tests.train.test_command_line import trireme
 from train.cli.generate import generate
 from train.config_file import load_config
+from train.convert_run import export_run, import_run
 from train.errors import ConfigError, RunError
 from train.evaluate_run import evaluate_run, load_run
 from train.resolve import resolve
@@ -166,6 +171,104 @@ def test_what_does_not_fit_is_refused(stripes: ImageCodesInfo, tiny_config: str)
     assert plan.config.model.model_dump()["num_classes"] == 2
     assert plan.config.model.vocab_size == 5, "4 codes and the start"
     assert plan.sources["model.num_classes"] == str(stripes.path)
+
+
+SHIPS = {"bow": "prora", "stern": "prymna", "oar": "kope", "ram": "embolon", "sail": "histion"}
+PAIRS = ["model.type=encoder_decoder", "model.num_encoder_layers=1", "model.positional.encoding=relative"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairsInfo:
+    """Of sentences of very different length, the Greek for the one word that makes a difference."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = [
+        {"source": f"the {ship} {'again ' * (number % 5)}{number}", "target": greek}
+        for number in range(40)
+        for ship, greek in SHIPS.items()
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = {"vocab_size": 300, "source_len": 20, "seq_len": 8}
+    return prepare_pairs([str(folder / "pairs.jsonl")], folder / "set", validation_fraction=0.1, **sizes)
+
+
+@pytest.mark.parametrize("extra", ["activation_checkpoint.mode=full", "model.moe.num_experts=3"])
+def test_any_number_of_processes_computes_the_same_pairs(
+    pairs: PairsInfo, pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, extra: str
+) -> None:
+    between = ["evaluation.every_steps=6", "evaluation.sample_every_steps=6", "evaluation.sample_tokens=8"]
+    where = [f"run.dir={tmp_path}", f"data.path={pairs.path}"]
+    common = [*where, "precision=fp64", "run.steps=12", *PAIRS, *between]
+    pools[1].run(train_here, tiny_config, [*common, "run.name=one", "data.micro_batch_size=8", *moe(extra)])
+    pools[2].run(train_here, tiny_config, [*common, "run.name=two", "data.micro_batch_size=1", extra])
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(
+        losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True
+    ):
+        assert (other_loss, other_norm) == (pytest.approx(loss, rel=1e-9), pytest.approx(norm, rel=1e-9))
+    one, two = (evaluate_run(str(tmp_path / name), None) for name in ("one", "two"))
+    assert one.loss == pytest.approx(two.loss, rel=1e-9)
+
+
+def moe(extra: str) -> list[str]:
+    """What changes the model, and not only how it is computed."""
+    return [extra] if extra.startswith("model.") else []
+
+
+def test_pairs_are_learned_and_answered(
+    pairs: PairsInfo,
+    pools: dict[int, WorkerPool],
+    tiny_config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sampled = ["evaluation.sample_every_steps=150", "evaluation.sample_prompt=the ram again 7"]
+    overrides = [f"run.dir={tmp_path}", f"data.path={pairs.path}", "run.steps=150", *PAIRS, *sampled]
+    pools[2].run(train_here, tiny_config, overrides)
+    rows = [loss for _, loss, _ in losses(tmp_path / "run")]
+    assert rows[-1] < 0.2 < 3 < rows[0]
+    loaded = load_run(str(tmp_path / "run"))
+    assert isinstance(loaded.config.model, EncoderDecoderConfig) and loaded.config.model.max_source_len == 20
+    for ship, greek in SHIPS.items():
+        prompt = f"the {ship} again 41"
+        made = make_text(loaded.model, loaded.tokenizer, prompt, 8, Choice(0.0), loaded.device)
+        assert made == greek
+        generate(str(tmp_path / "run"), prompt=prompt, temperature=0.0, max_new_tokens=8)
+        assert capsys.readouterr().out == f"{greek}\n"
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    (sample,) = events.Tensors("sample/text_summary")
+    assert b"embolon" in sample.tensor_proto.string_val[0]
+
+
+def test_pairs_to_hugging_face_and_back(
+    pairs: PairsInfo, pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    t5 = ["model.attention.num_kv_heads=4", "model.ffn.variant=geglu_tanh", "model.tie_embeddings=false"]
+    overrides = [f"run.dir={tmp_path}", f"data.path={pairs.path}", "run.steps=2", *PAIRS, *t5]
+    pools[1].run(train_here, tiny_config, overrides)
+    assert export_run(str(tmp_path / "run"), tmp_path / "hf") == "T5ForConditionalGeneration"
+    import_run(tmp_path / "hf", tmp_path / "back", str(pairs.path))
+    one, other = (load_run(str(tmp_path / name)) for name in ("run", "back"))
+    source, tokens = torch.randint(256, (2, 9)), torch.randint(256, (2, 5))
+    torch.testing.assert_close(other.model(source, tokens), one.model(source, tokens))
+
+    from transformers import T5ForConditionalGeneration
+
+    theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    expected = theirs(input_ids=source, decoder_input_ids=tokens).logits
+    torch.testing.assert_close(one.model(source, tokens), expected, atol=1e-4, rtol=1e-4)
+    assert theirs.config.decoder_start_token_id == pairs.pad_id
+
+
+def test_pairs_that_do_not_fit_are_refused(pairs: PairsInfo, tiny_config: str) -> None:
+    for message, overrides in (
+        (r"takes source, source_padding, but .* holds tokens \(text\)", []),
+        (
+            "model.max_source_len=9 is shorter than the sources",
+            [f"data.path={pairs.path}", "model.max_source_len=9"],
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve(load_config(tiny_config, [*PAIRS, *overrides]), world_size=1)
 
 
 @pytest.mark.slow
