@@ -27,13 +27,16 @@ class Attention(Projections):
         query, key, value = self.queries(x), self.keys(x), self.values(x)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        return self.output(self.mix(mask, cache, query, key, value).flatten(-2))
+
+    def mix(self, mask: Mask, cache: LayerCache | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Where tokens meet: query (B, T, H, Q), key (B, T, K, Q), value (B, T, K, E) -> (B, T, H, E)."""
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         if cache is not None:
             assert isinstance(cache, KeyValues)
             key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        attended = attend(query, key, value, mask, dropout=dropout, soft_cap=self.soft_cap)
-        return self.output(attended.transpose(1, 2).flatten(-2))
+        return attend(query, key, value, mask, dropout=dropout, soft_cap=self.soft_cap).transpose(1, 2)
 
     @classmethod
     def cost(cls, config: ModelConfig, seq_len: int) -> Cost:

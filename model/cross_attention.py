@@ -42,7 +42,7 @@ class CrossAttention(Projections):
         With a cache that was filled before, memory is not read.
         """
         if cache is None or cache.key_value is None:
-            key, value = self.keys(memory).transpose(1, 2), self.values(memory)
+            key, value = self.keys(memory).transpose(1, 2), self.values(memory).transpose(1, 2)
             if cache is not None:
                 cache.key_value = key, value
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.attention_config import AttentionConfig
+from model.part import Part
 
 Kernel = Literal["flash", "flex", "naive"]
 
@@ -41,6 +42,8 @@ class Mask(NamedTuple):
     """For linear attention: (B, T) int64, contiguous."""
     padding: Tensor | None = None
     """For linear attention: (B, T) bool, True at padding."""
+    part: Part | None = None
+    """The mask is one of whole sequences, of which the activations are this part; None: all of it."""
 
 
 def choose_kernel(config: AttentionConfig, x: Tensor, *, needs_tensor: bool, cached: bool) -> Kernel:

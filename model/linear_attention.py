@@ -35,21 +35,34 @@ class LinearAttention(Projections):
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). With a cache, x also sees the tokens summed up in the cache."""
         query, key, value = F.elu(self.queries(x)) + 1, F.elu(self.keys(x)) + 1, self.values(x)
-        if mask.padding is not None:
-            key = key * ~mask.padding[:, -x.shape[1] :, None, None]
-        groups = query.shape[2] // key.shape[2]
-        key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=1)
         turned = (query, key) if rotation is None else (rotate(query, rotation), rotate(key, rotation))
+        return self.output(self.mix(mask, cache, query, key, value, *turned).flatten(-2))
+
+    def mix(
+        self,
+        mask: Mask,
+        cache: LayerCache | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        turned_query: Tensor,
+        turned_key: Tensor,
+    ) -> Tensor:
+        """Where tokens meet: queries (B, T, H, E), keys and values (B, T, K, E) -> (B, T, H, E)."""
+        keys = [key, turned_key]
+        if mask.padding is not None:
+            keys = [part * ~mask.padding[:, -key.shape[1] :, None, None] for part in keys]
+        groups = query.shape[2] // key.shape[2]
+        key, turned_key = (part.repeat_interleave(groups, dim=2) for part in keys)
+        value = value.repeat_interleave(groups, dim=2).transpose(1, 2)
         ones = value.new_ones(*value.shape[:-1], 1)
-        state = None if cache is None else cache
-        assert state is None or isinstance(state, RunningState)
-        before = (None, None) if state is None or state.sums is None else state.sums
-        above, above_sum = self._sum(*turned, value, mask.documents, before[0])
+        assert cache is None or isinstance(cache, RunningState)
+        before = (None, None) if cache is None or cache.sums is None else cache.sums
+        above, above_sum = self._sum(turned_query, turned_key, value, mask.documents, before[0])
         below, below_sum = self._sum(query, key, ones, mask.documents, before[1])
-        if state is not None:
-            state.replace((above_sum, below_sum), x.shape[1])
-        attended = above / below.masked_fill(below == 0, 1.0)
-        return self.output(attended.transpose(1, 2).flatten(-2))
+        if cache is not None:
+            cache.replace((above_sum, below_sum), value.shape[2])
+        return (above / below.masked_fill(below == 0, 1.0)).transpose(1, 2)
 
     def _sum(
         self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, before: Tensor | None

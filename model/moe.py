@@ -38,10 +38,14 @@ class MoE(nn.Module):
         """x (B, T, D) -> (B, T, D), and how it was routed."""
         weights, chosen, routing = self.router(x)
         copies = chosen.shape[-1]
+        # of these tokens; the routing's counts may be of longer sequences
+        counts = torch.zeros_like(routing.counts[0]).scatter_add_(
+            0, chosen.flatten(), torch.ones_like(chosen).flatten()
+        )
         order = chosen.flatten().argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = _TakeRows.apply(x.flatten(0, 1), order, back, copies)
-        rows = _TakeRows.apply(self.experts(rows, routing.counts[0]), back, order, 1)
+        rows = _TakeRows.apply(self.experts(rows, counts), back, order, 1)
         mixed = (rows.view(*chosen.shape, -1) * weights.to(rows.dtype).unsqueeze(-1)).sum(dim=2)
         return mixed if self.shared is None else mixed + self.shared(x), routing
 

@@ -24,6 +24,8 @@ class Positions(nn.Module):
     """Positions that exist; None: any number."""
     heads: range
     """The query heads that a bias is made for: all of the model's, unless set otherwise."""
+    first_row: int = 0
+    """The head that the first row of a weight with a row for each head belongs to."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class Relative(Positions):
         )
 
     def bias(self, x: Tensor) -> Bias:
-        weight, first = self.weight, self.heads.start
+        weight, first = self.weight, self.first_row
 
         def learned(head: Tensor, distance: Tensor) -> Tensor:
             bucket = relative_bucket(distance, weight.shape[1], self.max_distance, self.bidirectional)

@@ -43,8 +43,8 @@ class Projections(nn.Module):
         return key if self.key_norm is None else self.key_norm(key)
 
     def values(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, K, T, E)."""
-        return self.value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """x (B, T, D) -> (B, T, K, E)."""
+        return self.value(x).unflatten(-1, (-1, self.head_dim))
 
     def weights(self) -> dict[str, Weight]:
         weights = (

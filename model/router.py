@@ -49,14 +49,21 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """x (B, T, D) -> weights (B, T, K), 0 where dropped; chosen experts (B, T, K) int64; the routing."""
+        return self.route(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T, X)."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Routing]:
+        """The routing of whole sequences by their logits (B, T, X)."""
         scores = logits.softmax(dim=-1) if self.config.router == "softmax" else logits.sigmoid()
         ranked = scores if self.selection_bias is None else scores + self.selection_bias
         chosen = ranked.topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.config.normalize_top_k:
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
         picked = torch.zeros_like(logits, dtype=torch.int32).scatter_(-1, chosen, 1)
         auxiliary = self._auxiliary(logits, scores, picked)
         weights, dropped = self._drop(weights, chosen, picked)

@@ -11,13 +11,15 @@ from model.block import Block
 from model.cache import KeyValueCache
 from model.config import LossConfig, ModelConfig, MoEConfig, known
 from model.cost import Cost, linear_cost
-from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss, token_loss_sum
+from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss
 from model.masks import make_mask
 from model.model import Model
 from model.moe import MoE, add_gradient_of, auxiliary_sum
 from model.norms import NORMS
+from model.part import Part
 from model.positions import POSITIONS, places_in_documents
 from model.router import Routing
+from model.vocabulary import Vocabulary
 from model.weights import Weight
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -44,6 +46,7 @@ class Trunk(Model):
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is unset: give the tokenizer's size, 32000 for example")
         self.config = config
+        self.vocabulary = Vocabulary()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = POSITIONS[config.positional.encoding](config)
         self.blocks = nn.ModuleList(
@@ -56,7 +59,7 @@ class Trunk(Model):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
-        return tokens @ self.embedding.weight if tokens.is_floating_point() else self.embedding(tokens)
+        return self.vocabulary.embed(tokens, self.embedding.weight)
 
     def make_cache(self, capacity: int) -> KeyValueCache:
         """For generating: room for so many tokens in each row."""
@@ -69,30 +72,46 @@ class Trunk(Model):
         document_ids: Tensor | None = None,
         padding: Tensor | None = None,
         *,
+        part: Part | None = None,
         prefix: Tensor | None = None,
     ) -> Hidden:
         """Embeddings (B, T, D) -> what the head takes, (B, T, D), and the routing of each layer with experts.
 
+        part: the places of these tokens in a longer sequence, for all of which document_ids and padding are.
         prefix (B, P, D): what is put before the first token, without a position of its own in the embeddings,
         and left out again at the end.
         """
-        routings: list[Routing] = []
-        offset, length = 0 if cache is None else cache.length, embeddings.shape[1]
         if cache is not None:
             if document_ids is not None:
                 raise ValueError("document_ids can't go with a cache, which holds one document in each row")
             padding = cache.add_padding(padding, embeddings[..., 0])
-        places = places_in_documents(length, offset, document_ids, padding)
+        offset = part.start if part is not None else 0 if cache is None else cache.length
+        places = places_in_documents(embeddings.shape[1], offset, document_ids, padding)
         x = self.positions.embed(embeddings, offset, places)
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
-        queries = range(offset, offset + x.shape[1])
         x = F.dropout(x, self.config.dropout, self.training)
+        x, routings = self._through_blocks(x, offset, cache, document_ids, padding, part)
+        x = x if prefix is None else x[:, prefix.shape[1] :]
+        return Hidden(x if self.norm is None else self.norm(x), routings)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        offset: int,
+        cache: KeyValueCache | None,
+        document_ids: Tensor | None,
+        padding: Tensor | None,
+        part: Part | None,
+    ) -> Hidden:
+        """What enters the first block, (B, T, D), at places from offset on -> what leaves the last."""
+        routings: list[Routing] = []
         rotation = self.positions.rotation(x, offset)
+        queries = range(offset, offset + x.shape[1]) if part is None else range(part.length)
         mask = make_mask(
             self.config.attention,
             queries,
-            queries if cache is None else cache.keys(length),
+            queries if cache is None else cache.keys(x.shape[1]),
             x,
             bias=self.positions.bias(x),
             heads=self.positions.heads,
@@ -100,6 +119,7 @@ class Trunk(Model):
             padding=padding,
             cached=cache is not None,
         )
+        mask = mask._replace(part=part)
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotation, None if cache is None else cache.layers[index])
             if isinstance(x, tuple):
@@ -107,8 +127,7 @@ class Trunk(Model):
                 routings.append(routing)
                 if self.training and torch.is_grad_enabled():
                     cast(MoE, block.feedforward).record(routing)
-        x = x if prefix is None else x[:, prefix.shape[1] :]
-        return Hidden(x if self.norm is None else self.norm(x), routings)
+        return Hidden(x, routings)
 
     def _logits(
         self,
@@ -123,7 +142,7 @@ class Trunk(Model):
         loss_func(logits (B * T, V), targets (B * T, ...)) may say what the loss is, of targets of other kinds too.
         """
         states, routings = hidden
-        logits = F.linear(states[:, -1:] if last_only else states, self._head_weight())
+        logits = self.vocabulary.logits(states[:, -1:] if last_only else states, self._head_weight())
         if targets is None:
             return logits
         if loss_func is None:
@@ -136,11 +155,12 @@ class Trunk(Model):
             loss = add_gradient_of(loss, auxiliary_sum(routings, scored) / scored.sum())
         return logits, loss
 
-    def _loss_sum(self, hidden: Hidden, targets: Tensor) -> Tensor:
-        """The sum of the losses over targets (B, T), without the logits of all tokens at once."""
+    def _loss_sum(self, hidden: Hidden, targets: Tensor, part: Part | None = None) -> Tensor:
+        """The sum of the losses over targets (B, T), or a part, without the logits of all tokens at once."""
         states, routings = hidden
-        loss = token_loss_sum(
-            states.flatten(0, 1), self._head_weight(), targets.flatten(), self._loss_config()
+        here = targets if part is None else part.of(targets)
+        loss = self.vocabulary.loss_sum(
+            states.flatten(0, 1), self._head_weight(), here.flatten(), self._loss_config()
         )
         if not routings:
             return loss
@@ -211,14 +231,17 @@ class Transformer(Trunk):
         *,
         document_ids: Tensor | None = None,
         padding: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """Sum of the token losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T).
 
         A scalar in fp32 (fp64 for fp64 weights). Never holds more logits than a chunk's. In training,
         z-loss and label smoothing of config.loss are in it; of the experts' auxiliary losses only the
         gradient is, each sequence's times its number of scored targets. document_ids and padding as in forward.
+        part: the sum over this part of the sequences alone.
         """
-        return self._loss_sum(self._run(self.embed(tokens), None, document_ids, padding), targets)
+        embeddings = self.embed(tokens if part is None else part.of(tokens))
+        return self._loss_sum(self._run(embeddings, None, document_ids, padding, part=part), targets, part)
 
     @staticmethod
     def cost(config: ModelConfig, seq_len: int) -> Cost:

@@ -11,6 +11,7 @@ from model.config import known
 from model.cost import Cost
 from model.generate import generate
 from model.image_codes.config import ImageCodesConfig
+from model.part import Part
 from model.transformer import Trunk, trunk_cost
 from model.weights import Weight
 
@@ -45,9 +46,15 @@ class ImageCodes(Trunk):
         hidden = self._run(self._embed(tokens, classes), cache, None, padding)
         return self._logits(hidden, targets, last_only=last_only)
 
-    def loss_sum(self, tokens: Tensor, targets: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Sum of the losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T), classes (B,)."""
-        return self._loss_sum(self._run(self._embed(tokens, classes)), targets)
+    def loss_sum(
+        self, tokens: Tensor, targets: Tensor, classes: Tensor | None = None, *, part: Part | None = None
+    ) -> Tensor:
+        """Sum of the losses over targets (B, T) that are not IGNORE_INDEX, for tokens (B, T), classes (B,).
+
+        part: the sum over this part of the sequences alone.
+        """
+        embeddings = self._embed(tokens if part is None else part.of(tokens), classes)
+        return self._loss_sum(self._run(embeddings, part=part), targets, part)
 
     def generate(
         self,

@@ -74,7 +74,7 @@ def test_queries_and_keys_are_normalized(variant):
 def test_linear_attention_is_its_formula(mask_type):
     layer, config, x = layer_and_input(variant="linear", mask_type=mask_type, num_kv_heads=2)
     query, key = (torch.nn.functional.elu(part) + 1 for part in (layer.queries(x), layer.keys(x)))
-    value = layer.values(x).transpose(1, 2)
+    value = layer.values(x)
     attended = torch.zeros(2, 9, 4, 4, dtype=torch.float64)
     for place in range(9):
         for head in range(4):
@@ -134,7 +134,7 @@ def test_cross_attention(options):
     padding = torch.zeros(2, 7, dtype=torch.bool)
     padding[0, 4:] = True
     query, key = cross.queries(x), cross.keys(memory).repeat_interleave(2, 2)
-    value = cross.values(memory).transpose(1, 2).repeat_interleave(2, 2)
+    value = cross.values(memory).repeat_interleave(2, 2)
     scores = torch.einsum("bthe,bshe->bhts", query, key) / 2
     if "logit_soft_cap" in options:
         scores = 0.8 * torch.tanh(scores / 0.8)
