@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,7 +45,7 @@ def documents(pieces: Iterable[Piece], text_field: str = "text") -> Iterator[Doc
             case "hugging_face":
                 rows = _hugging_face(piece, text_field)
         for key, where, text in rows:
-            size = len(_utf8(text, where))
+            size = len(utf8(text, where))
             if size:
                 yield Document(key, text, size)
 
@@ -97,7 +97,18 @@ def _text_file(piece: Piece) -> Iterator[Row]:
 
 
 def _jsonl(piece: Piece, field: str) -> Iterator[Row]:
-    """Rows of the lines that begin in [start, stop)."""
+    path = piece.file.path
+    for offset, line in json_lines(piece):
+        (text,) = json_fields(line, (field,), path, offset, "name the field that has with --text-field")
+        yield f"{piece.file.key}#{offset}", f"{path} (byte {offset})", text
+
+
+def json_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in [start, stop), blank ones left out, and the byte that each begins at.
+
+    Raises:
+        InputError: the file can't be read.
+    """
     path = piece.file.path
     try:
         with _decompressed(path) as lines:
@@ -109,11 +120,7 @@ def _jsonl(piece: Piece, field: str) -> Iterator[Row]:
                 if piece.stop is not None and offset >= piece.stop:
                     break
                 if line.strip():
-                    yield (
-                        f"{piece.file.key}#{offset}",
-                        f"{path} (byte {offset})",
-                        _json_field(line, field, path, offset),
-                    )
+                    yield offset, line
                 offset += len(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged: {_first_line(error)}; download or compress it again") from error
@@ -157,21 +164,27 @@ def _zstandard(path: str) -> BinaryIO:
     return io.BufferedReader(Stream(), 1 << 20)
 
 
-def _json_field(line: bytes, field: str, path: str, offset: int) -> str:
+def json_fields(line: bytes, fields: Sequence[str], path: str, offset: int, hint: str) -> list[str]:
+    """The texts in these fields of the object that a line is; `hint` says what to do where one is missing.
+
+    Raises:
+        InputError: the line is no object, or has no such texts.
+    """
     try:
         row = json.loads(line)
     except ValueError as error:
+        example = ", ".join(f'"{field}": "..."' for field in fields)
         raise InputError(
             f"{path}, line {_line_number(path, offset)} is not JSON: {_first_line(error)}; "
-            f'each line must be an object such as {{"{field}": "..."}}'
+            f"each line must be an object such as {{{example}}}"
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        raise InputError(
-            f"{path}, line {_line_number(path, offset)} has no text in field `{field}` ({has}): "
-            f"name the field that has with --text-field"
-        )
-    return row[field]
+    for field in fields:
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+            raise InputError(
+                f"{path}, line {_line_number(path, offset)} has no text in field `{field}` ({has}): {hint}"
+            )
+    return [row[field] for field in fields]
 
 
 def _line_number(path: str, offset: int) -> int:
@@ -221,7 +234,8 @@ def _check_column(path: str, field: str, columns: list[str]) -> None:
         )
 
 
-def _utf8(text: Any, where: str) -> bytes:
+def utf8(text: Any, where: str) -> bytes:
+    """A text's bytes. Raises InputError where it is none."""
     if not isinstance(text, str):
         raise InputError(f"{where} holds {type(text).__name__} where text is expected: remove the row")
     try:

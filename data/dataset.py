@@ -1,17 +1,20 @@
 """A prepared data set: how its folder is laid out, and what its `dataset.json` says.
 
     DIR/dataset.json      written last: a folder without it is unfinished
-    DIR/tokenizer.model   of text; of pictures' codes, codebook.safetensors
+    DIR/tokenizer.model   of text and pairs of texts; of pictures' codes, codebook.safetensors
     DIR/train/index.json  and part-00000/shard.00000.mds ...
     DIR/validation/       likewise
 
 A sample has a column of seq_len + 1 tokens, of which the first seq_len are input and the last seq_len targets.
-Codes of labelled pictures have another, `classes`, with a number each.
+Codes of labelled pictures have another, `classes`, with a number each; pairs have `source`, of source_len tokens.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,6 +23,9 @@ from data.errors import InputError
 
 FORMAT = 1
 COLUMN = "tokens"
+SOURCE = "source"
+SOURCE_PADDING = "source_padding"
+"""Made of the source when it is read: True at padding."""
 SPLITS: tuple["Split", ...] = ("train", "validation")
 Split = Literal["train", "validation"]
 
@@ -29,11 +35,11 @@ class SplitInfo:
     """What a split holds."""
 
     documents: int
-    """Of pictures' codes, the pictures."""
+    """Of pictures' codes, the pictures; of pairs, the pairs."""
     tokens: int
     """With one end-of-document token a document, without padding; each is the target of one sequence."""
     bytes: int
-    """Of the documents' text in UTF-8; of the pictures' pixels."""
+    """Of the documents' text in UTF-8 (of pairs, both texts); of the pictures' pixels."""
     sequences: int
 
 
@@ -58,7 +64,7 @@ class DatasetInfo:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a sample has beside its id."""
+        """What batches of it can have."""
         return (COLUMN,)
 
 
@@ -79,6 +85,25 @@ class TextInfo(DatasetInfo):
 
 
 @dataclass(frozen=True)
+class PairsInfo(TextInfo):
+    """Pairs of texts, a source and a target, in the tokens of one tokenizer.
+
+    A source ends in the end-of-document token, and padding. A target comes after one token of padding, where a
+    decoder starts (as in T5), and ends likewise, unless it was cut.
+    """
+
+    kind: ClassVar[str] = "pairs"
+
+    source_len: int
+    """Tokens of a source; seq_len is that of targets."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What batches of it can have."""
+        return (COLUMN, SOURCE, SOURCE_PADDING)
+
+
+@dataclass(frozen=True)
 class ImageCodesInfo(DatasetInfo):
     """Pictures in the codes of a codebook, row by row, after a start token, which is `pad_id` too."""
 
@@ -94,7 +119,7 @@ class ImageCodesInfo(DatasetInfo):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a sample has beside its id."""
+        """What batches of it can have."""
         return (COLUMN, "classes") if self.class_names else (COLUMN,)
 
     @property
@@ -108,7 +133,7 @@ class ImageCodesInfo(DatasetInfo):
         return self.path / "codebook.safetensors"
 
 
-KINDS: dict[str, type[DatasetInfo]] = {info.kind: info for info in (TextInfo, ImageCodesInfo)}
+KINDS: dict[str, type[DatasetInfo]] = {info.kind: info for info in (TextInfo, PairsInfo, ImageCodesInfo)}
 
 
 def dataset_path(folder: Path) -> Path:
@@ -160,6 +185,43 @@ def write_dataset(info: DatasetInfo, options: Mapping[str, Any]) -> None:
     described = {"format": FORMAT, "kind": info.kind} | asdict(info) | {"options": dict(options)}
     del described["path"]
     write_json(dataset_path(info.path), described)
+
+
+def digest_of(folder: Path, files: Sequence[str]) -> str:
+    """SHA-256 over the `files` in a folder and the indexes of its splits, which hold those of all shards."""
+    digest = hashlib.sha256()
+    for name in (*files, *(f"{split}/index.json" for split in SPLITS)):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write in, which becomes `folder` at the end, or is removed.
+
+    Raises:
+        InputError: `folder` exists, or can't be made.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists: choose another --out, or delete it first")
+    aside = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} can't be made ({error.strerror}): choose another --out") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def empty_split(split: Split, count: int, what: str, validation_fraction: float) -> InputError:
+    """The error to raise where none of `count` pictures or pairs falls into a split."""
+    return InputError(
+        f"with --validation-fraction {validation_fraction} none of {count} {what} falls into the {split} split: "
+        f"set another, such as 0.1, or give more {what}"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

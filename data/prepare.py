@@ -26,6 +26,7 @@ from data.dataset import (
     SplitInfo,
     TextInfo,
     dataset_path,
+    digest_of,
     tokenizer_path,
     write_bytes,
     write_dataset,
@@ -293,9 +294,8 @@ def _describe(folder: Path, reports: list[PartReport], seq_len: int, validation_
             )
             count = sum(info.documents for info in splits.values())
             raise _empty_split(split, count, lowest, highest, validation_fraction)
-    digest = hashlib.sha256(tokenizer_path(folder).read_bytes())
     for split in SPLITS:
-        digest.update(_merge_indexes(folder / split))
+        _merge_indexes(folder / split)
     tokenizer = Tokenizer.load(tokenizer_path(folder))
     return TextInfo(
         path=folder,
@@ -306,7 +306,7 @@ def _describe(folder: Path, reports: list[PartReport], seq_len: int, validation_
         pad_id=tokenizer.pad_id,
         train=splits["train"],
         validation=splits["validation"],
-        digest=digest.hexdigest(),
+        digest=digest_of(folder, TextInfo.files),
     )
 
 
@@ -319,8 +319,8 @@ def _sum(infos: list[SplitInfo]) -> SplitInfo:
     )
 
 
-def _merge_indexes(folder: Path) -> bytes:
-    """Write the index over all parts, with the shards' names relative to it, and return its bytes.
+def _merge_indexes(folder: Path) -> None:
+    """Write the index over all parts, with the shards' names relative to it.
 
     streaming's own merge_index does this by way of URLs, so that a `#` or `?` in the folder's name defeats it.
     """
@@ -330,7 +330,6 @@ def _merge_indexes(folder: Path) -> bytes:
             name = f"{part.parent.name}/{shard['raw_data']['basename']}"
             shards.append(shard | {"raw_data": shard["raw_data"] | {"basename": name}})
     write_json(folder / "index.json", {"version": 2, "shards": shards})
-    return (folder / "index.json").read_bytes()
 
 
 def _empty_split(

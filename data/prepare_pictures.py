@@ -1,8 +1,6 @@
 """From pictures, or codes that the user brings, to a data set of sequences of codes."""
 
-import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,17 @@ from typing import Any, Literal
 import numpy as np
 
 from data.codebook import Codebook
-from data.dataset import COLUMN, SPLITS, ImageCodesInfo, Split, SplitInfo, write_dataset
+from data.dataset import (
+    COLUMN,
+    SPLITS,
+    ImageCodesInfo,
+    Split,
+    SplitInfo,
+    digest_of,
+    empty_split,
+    made_whole,
+    write_dataset,
+)
 from data.errors import InputError
 from data.parts import place
 from data.pictures import Pictures, number_classes, open_pictures, read_arrays
@@ -44,53 +52,39 @@ def prepare_pictures(
         InputError: the source, the options or `out` can't be used.
     """
     folder = Path(os.path.normpath(out))
-    if folder.exists():
-        raise InputError(f"{folder} exists: choose another --out, or delete it first")
-    if kind == "codes":
-        codes, codebook, classes, names = _given_codes(source, labels)
-        keys = tuple(map(str, range(len(codes))))
-        batches = iter([(range(len(codes)), codes)])
-        height, width = codes.shape[1:]
-    else:
-        pictures = open_pictures(source, labels, image_size)
-        codebook = _learn(pictures, patch_size, codebook_size)
-        keys, classes, names = pictures.keys, pictures.classes, pictures.class_names
-        batches = ((places, codebook.encode(values)) for places, values in pictures.batches())
-        height, width = (size // patch_size for size in pictures.read([0]).shape[1:3])
-    splits: list[Split] = ["validation" if place(key) < validation_fraction else "train" for key in keys]
-    for split in SPLITS:
-        if split not in splits:
-            raise InputError(
-                f"with --validation-fraction {validation_fraction} none of {len(keys)} pictures falls into the "
-                f"{split} split: set another, such as 0.1, or give more pictures"
-            )
-    start = len(codebook.patches)
-    info = ImageCodesInfo(
-        path=folder,
-        seq_len=height * width,
-        vocab_size=start + 1,
-        pad_id=start,
-        train=_split_info(splits.count("train"), codebook, height, width),
-        validation=_split_info(splits.count("validation"), codebook, height, width),
-        digest="",
-        height=height,
-        width=width,
-        class_names=names,
-    )
-    aside = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        _write(replace(info, path=aside), codebook, batches, classes, splits)
-        digest = hashlib.sha256((aside / info.files[0]).read_bytes())
+    with made_whole(folder) as aside:
+        if kind == "codes":
+            codes, codebook, classes, names = _given_codes(source, labels)
+            keys = tuple(map(str, range(len(codes))))
+            batches = iter([(range(len(codes)), codes)])
+            height, width = codes.shape[1:]
+        else:
+            pictures = open_pictures(source, labels, image_size)
+            codebook = _learn(pictures, patch_size, codebook_size)
+            keys, classes, names = pictures.keys, pictures.classes, pictures.class_names
+            batches = ((places, codebook.encode(values)) for places, values in pictures.batches())
+            height, width = (size // patch_size for size in pictures.read([0]).shape[1:3])
+        splits: list[Split] = ["validation" if place(key) < validation_fraction else "train" for key in keys]
         for split in SPLITS:
-            digest.update((aside / split / "index.json").read_bytes())
-        info = replace(info, digest=digest.hexdigest())
-        write_dataset(replace(info, path=aside), {"source": source, "kind": kind})
-        aside.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder} can't be made ({error.strerror}): choose another --out") from error
-    return info
+            if split not in splits:
+                raise empty_split(split, len(keys), "pictures", validation_fraction)
+        start = len(codebook.patches)
+        info = ImageCodesInfo(
+            path=aside,
+            seq_len=height * width,
+            vocab_size=start + 1,
+            pad_id=start,
+            train=_split_info(splits.count("train"), codebook, height, width),
+            validation=_split_info(splits.count("validation"), codebook, height, width),
+            digest="",
+            height=height,
+            width=width,
+            class_names=names,
+        )
+        _write(info, codebook, batches, classes, splits)
+        info = replace(info, digest=digest_of(aside, info.files))
+        write_dataset(info, {"source": source, "kind": kind})
+    return replace(info, path=folder)
 
 
 def _split_info(pictures: int, codebook: Codebook, height: int, width: int) -> SplitInfo:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.dataset import COLUMN, DatasetInfo
+from data.dataset import COLUMN, SOURCE, SOURCE_PADDING, DatasetInfo
 from data.shared_memory import choosing_names
 from data.shims import let_streaming_import
 
@@ -26,9 +26,9 @@ from streaming.base.world import World  # noqa: E402
 IGNORE_INDEX = -100
 
 Sample = dict[str, Any]
-"""A sample's columns: `tokens` (T + 1,), numbers for others."""
+"""A sample's columns: `tokens` (T + 1,), others of any length, or numbers."""
 Collated = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""Targets (B, T), sample ids (B,), columns (B, ...), all int64."""
+"""Targets (B, T), sample ids (B,), columns (B, ...), int64; padding is bool."""
 
 _CANONICAL_NODES = 1
 """With one, global batch n is the nth run of `global_batch_size` samples of the epoch's permutation, whatever the
@@ -148,8 +148,10 @@ class ValidationSequences:
 
     def batch(self, ids: Sequence[int], size: int) -> Collated:
         """As TrainingSequences.collate, B = `size`: the sequences, then padding of id -1."""
-        empty: Sample = dict.fromkeys(self._info.columns, 0)
-        empty[COLUMN] = np.full(self._info.seq_len + 1, self._info.pad_id)
+        empty: Sample = {
+            name: np.full_like(value, self._info.pad_id) if isinstance(value, np.ndarray) else 0
+            for name, value in self._sample(0).items()
+        }
         fill = size - len(ids)
         sample_ids = torch.tensor([*ids, *[-1] * fill], dtype=torch.int64)
         return _collated([*map(self._sample, ids), *[empty] * fill], sample_ids, self._info.pad_id)
@@ -167,4 +169,6 @@ def _collated(samples: Sequence[Sample], ids: Tensor, pad_id: int) -> Collated:
     rows = columns[COLUMN]
     targets = rows[:, 1:]
     columns[COLUMN] = rows[:, :-1].contiguous()
+    if SOURCE in columns:
+        columns[SOURCE_PADDING] = columns[SOURCE] == pad_id
     return targets.masked_fill(targets == pad_id, IGNORE_INDEX), ids, columns

@@ -36,8 +36,8 @@ def with_defaults(values: Any, defaults: Mapping[str, Mapping[str, Any]]) -> Any
 class FeedForwardConfig(BaseModel):
     model_config = SECTION
 
-    variant: Literal["swiglu", "geglu", "glu", "mlp"] = "swiglu"
-    """Gated by SiLU, GELU or a sigmoid; or mlp: linear, activation, linear."""
+    variant: Literal["swiglu", "geglu", "geglu_tanh", "glu", "mlp"] = "swiglu"
+    """Gated by SiLU, GELU (or its tanh approximation) or a sigmoid; or mlp: linear, activation, linear."""
     d_ff: PositiveInt | None = None
     """Hidden width. Unset: int(expansion_factor * d_model), rounded up to multiple_of."""
     expansion_factor: PositiveFloat = 2.6667
@@ -105,7 +105,11 @@ class BaseModelConfig(BaseModel):
     init_std: PositiveFloat = 0.02
     """Standard deviation of normal initial weights."""
     residual_scaled_init: bool = True
-    """Divide the initial weights of projections into the residual stream by sqrt(2 * num_layers) (GPT-2)."""
+    """Divide the initial weights of projections into the residual stream by the root of their number (GPT-2)."""
+
+    def residual_sums(self, name: str) -> int:
+        """Projections into the residual stream that the parameter `name` belongs to."""
+        return 2 * self.num_layers
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -165,6 +169,11 @@ class ModelConfig(BaseModelConfig):
             )
         if self.moe.d_ff is None:
             object.__setattr__(self, "moe", self.moe.model_copy(update={"d_ff": self.ffn.d_ff}))
+
+    @property
+    def memory_len(self) -> int | None:
+        """Tokens of the other sequence that blocks look at by cross-attention; None: there is none."""
+        return None
 
     @property
     def moe_layers(self) -> range:

@@ -3,6 +3,8 @@
 B batch, T queries, S tokens of the memory, D d_model, K kv heads, E head_dim.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from model.config import ModelConfig, known
@@ -22,6 +24,17 @@ class MemoryCache:
         if self.key_value is not None:
             key, value = self.key_value
             self.key_value = key[rows], value[rows]
+
+
+class Memory(NamedTuple):
+    """What a block's cross-attention looks at."""
+
+    states: Tensor
+    """(B, S, D)"""
+    padding: Tensor | None = None
+    """(B, S) bool, True where padded."""
+    cache: MemoryCache | None = None
+    """Of this block."""
 
 
 class CrossAttention(Projections):

@@ -34,9 +34,14 @@ def _sigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.sigmoid_backward(grad, torch.sigmoid(x))
 
 
+def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
 GATES: dict[str, Gate] = {
     "swiglu": Gate(F.silu, torch.ops.aten.silu_backward),
     "geglu": Gate(F.gelu, torch.ops.aten.gelu_backward),
+    "geglu_tanh": Gate(gelu_tanh, _gelu_tanh_backward),
     "glu": Gate(torch.sigmoid, _sigmoid_backward),
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -131,6 +136,7 @@ class MLP(nn.Module):
 FEEDFORWARD: dict[str, type[GatedFeedForward] | type[MLP]] = {
     "swiglu": GatedFeedForward,
     "geglu": GatedFeedForward,
+    "geglu_tanh": GatedFeedForward,
     "glu": GatedFeedForward,
     "mlp": MLP,
 }

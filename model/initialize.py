@@ -32,11 +32,13 @@ def initial_rows(
         return torch.full((stop - start, *rest), float(weight.init == "ones"), device="cpu")
     size = 1 if len(shape) == 3 else ROWS_PER_BLOCK
     rows = torch.empty(stop - start, *rest, device="cpu")
+    scaled = weight.init == "residual" and config.residual_scaled_init
+    shrink = math.sqrt(config.residual_sums(name)) if scaled else 1.0
     for block in range(start // size, -(-stop // size)):
         digest = blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
         values = torch.empty(size, *rest, device="cpu")
-        _fill(values, weight.init, shape, config, generator)
+        _fill(values, weight.init, shape, config, shrink, generator)
         first = block * size
         low, high = max(start, first), min(stop, first + size)
         rows[low - start : high - start] = values[low - first : high - first]
@@ -44,17 +46,18 @@ def initial_rows(
 
 
 def _fill(
-    values: Tensor, init: Init, shape: tuple[int, ...], config: BaseModelConfig, generator: torch.Generator
+    values: Tensor,
+    init: Init,
+    shape: tuple[int, ...],
+    config: BaseModelConfig,
+    shrink: float,
+    generator: torch.Generator,
 ) -> None:
     """Draw some rows of a random parameter of `shape`.
 
     gpt2 is normal (Radford et al. 2019). xavier is uniform for linear weights, with the variance
-    2 / (in + out) (Glorot and Bengio 2010). With either, projections into the residual stream may be scaled
-    down by the depth.
+    2 / (in + out) (Glorot and Bengio 2010). Either is made smaller by `shrink`.
     """
-    shrink = 1.0
-    if init == "residual" and config.residual_scaled_init:
-        shrink = math.sqrt(2 * config.num_layers)
     if config.init == "xavier" and init != "embedding" and len(shape) > 1:
         bound = math.sqrt(6 / (shape[-1] + shape[-2])) / shrink
         values.uniform_(-bound, bound, generator=generator)

@@ -23,6 +23,9 @@ MODELS = {
     "flow_matching": Place(
         "model.flow_matching.config:FlowMatchingConfig", "model.flow_matching.model:FlowMatching"
     ),
+    "encoder_decoder": Place(
+        "model.encoder_decoder.config:EncoderDecoderConfig", "model.encoder_decoder.model:EncoderDecoder"
+    ),
     "image_codes": Place("model.image_codes.config:ImageCodesConfig", "model.image_codes.model:ImageCodes"),
 }
 

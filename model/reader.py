@@ -41,7 +41,9 @@ class Reader:
         model.eval()
         try:
             with torch.compiler.set_stance("force_eager"):
-                made = model(self._tokens, **padding, **self._inputs, cache=self._cache, last_only=True)
+                made = model(
+                    tokens=self._tokens, **padding, **self._inputs, cache=self._cache, last_only=True
+                )
         finally:
             model.train(training)
         return made[:, -1]

@@ -1,6 +1,6 @@
 """The decoder, and what all transformers share. B batch, T sequence, D d_model, V vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -11,6 +11,7 @@ from model.block import Block
 from model.cache import KeyValueCache
 from model.config import LossConfig, ModelConfig, MoEConfig, known
 from model.cost import Cost, linear_cost
+from model.cross_attention import Memory
 from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss
 from model.masks import make_mask
 from model.model import Model
@@ -32,38 +33,23 @@ class Hidden(NamedTuple):
     routings: list[Routing]
 
 
-class Trunk(Model):
-    """Embedding, blocks, norm, head. A tied head is the embedding's weight, without a module.
+class Stack(nn.Module):
+    """Positions, blocks, norm: from embeddings to what a head or a decoder takes.
 
     With norm placement post there is no last norm, since every block ends in one.
-    Weights are torch's defaults until `model.initialize.initialize` fills them.
     """
 
     config: ModelConfig
+    blocks: nn.ModuleList
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        if config.vocab_size is None:
-            raise ValueError("model.vocab_size is unset: give the tokenizer's size, 32000 for example")
+        nn.Module.__init__(self)
         self.config = config
-        self.vocabulary = Vocabulary()
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = POSITIONS[config.positional.encoding](config)
         self.blocks = nn.ModuleList(
             Block(config, moe=layer in config.moe_layers) for layer in range(config.num_layers)
         )
         self.norm = None if config.norm.placement == "post" else NORMS[config.norm.type](config)
-        self.head = (
-            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        )
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
-        return self.vocabulary.embed(tokens, self.embedding.weight)
-
-    def make_cache(self, capacity: int) -> KeyValueCache:
-        """For generating: room for so many tokens in each row."""
-        return KeyValueCache(self.config, capacity)
 
     def _run(
         self,
@@ -74,12 +60,14 @@ class Trunk(Model):
         *,
         part: Part | None = None,
         prefix: Tensor | None = None,
+        memories: Sequence[Memory] | None = None,
     ) -> Hidden:
         """Embeddings (B, T, D) -> what the head takes, (B, T, D), and the routing of each layer with experts.
 
         part: the places of these tokens in a longer sequence, for all of which document_ids and padding are.
         prefix (B, P, D): what is put before the first token, without a position of its own in the embeddings,
         and left out again at the end.
+        memories: what each block's cross-attention looks at.
         """
         if cache is not None:
             if document_ids is not None:
@@ -91,7 +79,7 @@ class Trunk(Model):
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
         x = F.dropout(x, self.config.dropout, self.training)
-        x, routings = self._through_blocks(x, offset, cache, document_ids, padding, part)
+        x, routings = self._through_blocks(x, offset, cache, document_ids, padding, part, memories)
         x = x if prefix is None else x[:, prefix.shape[1] :]
         return Hidden(x if self.norm is None else self.norm(x), routings)
 
@@ -103,6 +91,7 @@ class Trunk(Model):
         document_ids: Tensor | None,
         padding: Tensor | None,
         part: Part | None,
+        memories: Sequence[Memory] | None,
     ) -> Hidden:
         """What enters the first block, (B, T, D), at places from offset on -> what leaves the last."""
         routings: list[Routing] = []
@@ -114,20 +103,48 @@ class Trunk(Model):
             queries if cache is None else cache.keys(x.shape[1]),
             x,
             bias=self.positions.bias(x),
-            heads=self.positions.heads,
+            heads=self.positions.heads if part is None else self.positions.part_heads,
             documents=document_ids,
             padding=padding,
             cached=cache is not None,
         )
-        mask = mask._replace(part=part)
         for index, block in enumerate(self.blocks):
-            x = block(x, mask, rotation, None if cache is None else cache.layers[index])
+            layer_cache = None if cache is None else cache.layers[index]
+            x = block(x, mask, rotation, layer_cache, None if memories is None else memories[index])
             if isinstance(x, tuple):
                 x, routing = x
                 routings.append(routing)
                 if self.training and torch.is_grad_enabled():
                     cast(MoE, block.feedforward).record(routing)
         return Hidden(x, routings)
+
+
+class Trunk(Stack, Model):
+    """Embedding, blocks, norm, head. A tied head is the embedding's weight, without a module.
+
+    Weights are torch's defaults until `model.initialize.initialize` fills them.
+    """
+
+    config: ModelConfig
+    blocks: nn.ModuleList
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is unset: give the tokenizer's size, 32000 for example")
+        self.vocabulary = Vocabulary()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64, or distributions over the vocabulary (B, T, V) -> (B, T, D)."""
+        return self.vocabulary.embed(tokens, self.embedding.weight)
+
+    def make_cache(self, capacity: int) -> KeyValueCache:
+        """For generating: room for so many tokens in each row."""
+        return KeyValueCache(self.config, capacity)
 
     def _logits(
         self,
@@ -248,17 +265,22 @@ class Transformer(Trunk):
         return trunk_cost(config, seq_len)
 
 
+def stack_cost(config: ModelConfig, seq_len: int) -> Cost:
+    """Of positions, blocks and norm."""
+    with_experts = len(config.moe_layers)
+    cost = POSITIONS[config.positional.encoding].cost(config)
+    cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
+    if with_experts:
+        cost += Block.cost(config, seq_len, moe=True) * with_experts
+    return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
+
+
 def trunk_cost(config: ModelConfig, seq_len: int) -> Cost:
     """Of what all transformers share."""
     table = known(config.vocab_size) * config.d_model
     head = linear_cost(config.d_model, known(config.vocab_size))
-    cost = Cost(parameters=table, embedding=table) + POSITIONS[config.positional.encoding].cost(config)
-    with_experts = len(config.moe_layers)
-    cost += Block.cost(config, seq_len) * (config.num_layers - with_experts)
-    if with_experts:
-        cost += Block.cost(config, seq_len, moe=True) * with_experts
-    cost += Cost(flops=head.flops) if config.tie_embeddings else head
-    return cost if config.norm.placement == "post" else cost + NORMS[config.norm.type].cost(config)
+    cost = Cost(parameters=table, embedding=table) + stack_cost(config, seq_len)
+    return cost + (Cost(flops=head.flops) if config.tie_embeddings else head)
 
 
 def _describe(moe: MoEConfig, layers: int, num_layers: int) -> str:

@@ -25,6 +25,8 @@ from train.run_folder import RunFolder, to_yaml
 
 log = logging.getLogger(__name__)
 
+_TOKENIZERS = ("tokenizer.model", "spiece.model")
+"""What sentencepiece's models are called; the second by T5."""
 _TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "legacy": False,
@@ -48,9 +50,10 @@ def export_run(run: str, out: Path) -> str:
     """
     loaded = load_run(run)
     model = loaded.config.model
-    if not isinstance(model, ModelConfig) or model.type != "transformer":
+    if not isinstance(model, ModelConfig) or model.type not in ("transformer", "encoder_decoder"):
         raise ConversionError(
-            f"no architecture of transformers holds model.type={model.type}: export a run of type transformer"
+            f"no architecture of transformers holds model.type={model.type}: export a run of type transformer or "
+            f"encoder_decoder"
         )
     architecture, theirs = choose(model)
     _make_folder(out)
@@ -59,6 +62,7 @@ def export_run(run: str, out: Path) -> str:
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
+        "decoder_start_token_id": tokenizer.pad_id if model.type == "encoder_decoder" else None,
         "torch_dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
     }
     _write_json(out / "config.json", theirs)
@@ -92,8 +96,9 @@ def import_run(source: Path, out: Path, data_path: str) -> ModelConfig:
         }
     )
     folder.config.write_text(to_yaml(config))
-    if (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", folder.tokenizer)
+    for name in _TOKENIZERS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder.tokenizer)
     named = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with process_group(torch.device("cpu")):
         checkpoint.save(folder.checkpoints, named, Progress(step=0, tokens=0, data={}), keep=1)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from train.evaluate_run import LoadedRun
-from train.texts import TextSettings, continuations
+from train.texts import TextSettings, continuations, shown_prompt
 
 
 def print_texts(run: LoadedRun, prompts: Sequence[str], settings: TextSettings) -> None:
@@ -16,14 +16,14 @@ def print_texts(run: LoadedRun, prompts: Sequence[str], settings: TextSettings) 
     count = len(prompts) * settings.samples
     pieces = continuations(run.model, run.tokenizer, prompts, settings, run.device)
     if count == 1:
-        print(prompts[0], end="", flush=True)
+        print(shown_prompt(run.model, prompts[0]), end="", flush=True)
         for (piece,) in pieces:
             print(piece, end="", flush=True)
         print()
         return
     for at, parts in enumerate(zip(*pieces, strict=True)):
         print(f"--- {at + 1} of {count} ---")
-        print(prompts[at // settings.samples] + "".join(parts))
+        print(shown_prompt(run.model, prompts[at // settings.samples]) + "".join(parts))
 
 
 def answer_lines(run: LoadedRun, settings: TextSettings) -> None:

@@ -2,14 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from math import prod
 
-from data.dataset import DatasetInfo, ImageCodesInfo, TextInfo, open_dataset
+from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo, open_dataset
 from data.stream import SEEDS
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
+from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
-from parallel.layout import Layout, resolve_layout
+from parallel.fit import check_fit
+from parallel.layout import SIZES, Layout, resolve_layout
 from train.config import Config
 from train.config_file import Loaded
 from train.errors import ConfigError
@@ -55,6 +58,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_inputs(loaded.config, dataset)
     config, sources = _fill_in_vocabulary(loaded, dataset)
     config, sources = _fill_in_classes(Loaded(config, sources), dataset)
+    config, sources = _fill_in_source(Loaded(config, sources), dataset)
     if config.model.max_seq_len < dataset.seq_len:
         raise ConfigError(
             f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {config.data.path} "
@@ -64,6 +68,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_samples(config, dataset)
     _check_kernel(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
+    check_fit(layout, config.model, dataset.seq_len)
     _check_batch(config, layout)
     return Plan(config, sources, dataset, layout)
 
@@ -72,11 +77,12 @@ def wanted_world_size(config: Config) -> int:
     """The launcher's number of processes, or what the layout says, with one per GPU (one on a CPU) for -1."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    if config.parallel.dp_shard != -1:
-        return config.parallel.dp_replicate * config.parallel.dp_shard
+    sizes = {name: getattr(config.parallel, name) for name in SIZES}
+    if sizes["dp_shard"] != -1:
+        return prod(sizes.values())
     import torch  # only here: it takes seconds
 
-    return max(torch.cuda.device_count(), config.parallel.dp_replicate)
+    return max(torch.cuda.device_count(), prod(size for name, size in sizes.items() if name != "dp_shard"))
 
 
 def _check_inputs(config: Config, dataset: DatasetInfo) -> None:
@@ -100,6 +106,23 @@ def _fill_in_classes(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict
         raise ConfigError(
             f"model.num_classes={model.num_classes} is less than the {classes} classes of {config.data.path}: leave "
             f"it out, or set at least {classes}"
+        )
+    return config, loaded.sources
+
+
+def _fill_in_source(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[str, str]]:
+    config, model = loaded.config, loaded.config.model
+    if not isinstance(model, EncoderDecoderConfig) or not isinstance(dataset, PairsInfo):
+        return config, loaded.sources
+    if model.max_source_len is None:
+        update = {"max_source_len": dataset.source_len}
+        filled = config.model_copy(update={"model": model.model_copy(update=update)})
+        return filled, loaded.sources | {"model.max_source_len": config.data.path}
+    if model.max_source_len < dataset.source_len:
+        raise ConfigError(
+            f"model.max_source_len={model.max_source_len} is shorter than the sources of {config.data.path} "
+            f"({dataset.source_len} tokens): leave it out, or prepare the data with --source-len "
+            f"{model.max_source_len}"
         )
     return config, loaded.sources
 
@@ -140,7 +163,8 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
             )
     if model.positional.encoding == "learned" and isinstance(dataset, TextInfo):
         encoded = Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)
-        prompt = len(encoded) or (0 if refines else 1)
+        answers = isinstance(model, EncoderDecoderConfig)
+        prompt = 1 if answers else len(encoded) or (0 if refines else 1)
         if prompt + settings.sample_tokens > model.max_seq_len:
             raise ConfigError(
                 f"evaluation.sample_tokens={settings.sample_tokens} after a prompt of {prompt} tokens goes past the "

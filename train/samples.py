@@ -16,7 +16,7 @@ from model.transformer import Trunk
 from train.config import EvaluationConfig
 from train.decoding import TEMPERATURE, Decoding, Prompts, Refinement, draw_tokens
 from train.errors import RunError
-from train.texts import TextSettings, continuations
+from train.texts import TextSettings, continuations, shown_prompt
 
 CLASSES_SHOWN, PICTURES_OF_EACH = 10, 8
 
@@ -52,7 +52,8 @@ def make_sample(
         decoding = Refinement(settings.sample_steps)
     text = TextSettings(decoding, settings.sample_tokens, seed=seed)
     prompt, tokenizer = settings.sample_prompt, Tokenizer.load(data.tokenizer_path)
-    return prompt + "".join(piece for (piece,) in continuations(model, tokenizer, [prompt], text, device))
+    pieces = continuations(model, tokenizer, [prompt], text, device)
+    return shown_prompt(model, prompt) + "".join(piece for (piece,) in pieces)
 
 
 def make_pictures(

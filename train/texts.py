@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data.prepare_pairs import source_ids
 from data.tokenizer import Tokenizer
 from model.beam import BeamSearch
+from model.encoder_decoder.model import EncoderDecoder
+from model.flow_matching.model import FlowMatching
 from model.reader import pad_left
 from model.transformer import Trunk
 from train.decoding import Decoding, Prompts, Refinement, draw_tokens
@@ -46,22 +49,43 @@ def continuations(
         RunError: at once, if the model can't do it.
     """
     decoding = replace(settings.decoding, vocab_size=tokenizer.vocab_size)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-
-    def draw(prompts: Prompts) -> Iterator[Tensor]:
-        count, samples, seed = settings.max_new_tokens, settings.samples, settings.seed
-        return draw_tokens(model, prompts.to(device), count, decoding, samples=samples, seed=seed)
-
-    if isinstance(decoding, Refinement):  # it takes no padding
-        parts = [torch.tensor([ids], dtype=torch.int64) for ids in encoded]
-        drawn = iter([torch.cat([new for part in parts for new in draw(Prompts(part))])])
-    else:
+    if not isinstance(decoding, Refinement):
         decoding = replace(decoding, stop_tokens=(tokenizer.eos_id,))
-        # after the end of a document another begins
-        drawn = draw(Prompts(*pad_left([ids or [tokenizer.eos_id] for ids in encoded])))
-    return _decoded(
-        drawn, [WrittenText(tokenizer, settings.stop_texts) for _ in range(len(prompts) * settings.samples)]
-    )
+    drawn = [
+        draw_tokens(
+            model,
+            given.to(device),
+            settings.max_new_tokens,
+            decoding,
+            samples=settings.samples,
+            seed=settings.seed,
+        )
+        for given in _encode(model, tokenizer, prompts)
+    ]
+    texts = [WrittenText(tokenizer, settings.stop_texts) for _ in range(len(prompts) * settings.samples)]
+    return _decoded((torch.cat(new) for new in zip(*drawn, strict=True)), texts)
+
+
+def shown_prompt(model: Trunk, prompt: str) -> str:
+    """What of the prompt belongs to the text that is made: nothing where the text is an answer to it."""
+    return "" if isinstance(model, EncoderDecoder) else prompt
+
+
+def _encode(model: Trunk, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[Prompts]:
+    """All in one batch, or each in its own where the model takes no padding.
+
+    An empty prompt is the end of a document, after which another begins. To an encoder the prompt is the source, cut
+    to the longest that it was trained on; the decoder starts with padding.
+    """
+    if isinstance(model, EncoderDecoder):
+        length = model.config.memory_len
+        source, padding = pad_left([source_ids(tokenizer, prompt, length) for prompt in prompts])
+        inputs = {"source": source} | ({} if padding is None else {"source_padding": padding})
+        return [Prompts(torch.full((len(prompts), 1), tokenizer.pad_id), inputs=inputs)]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    if isinstance(model, FlowMatching):
+        return [Prompts(torch.tensor([ids], dtype=torch.int64)) for ids in encoded]
+    return [Prompts(*pad_left([ids or [tokenizer.eos_id] for ids in encoded]))]
 
 
 def _decoded(drawn: Iterator[Tensor], texts: list["WrittenText"]) -> Iterator[list[str]]:

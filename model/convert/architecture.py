@@ -1,6 +1,6 @@
 """What an architecture of Hugging Face's is made of, and moving weights by such a description."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,15 @@ class Layer:
     """One layer of theirs, with `{i}` for the block's number and `{x}` for an expert's.
 
     Its weight (and bias) is that of our layers, their outputs one after another; `transposed`: stored (in, out).
-    With `{x}` in it, our one tensor holds the experts' weights stacked.
+    With `{x}` in it, our one tensor holds the experts' weights stacked. `scale`: ours over theirs. `holds`: the models
+    that have the layer, where not all do.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False
+    scale: Callable[[ModelConfig], float] = lambda config: 1.0
+    holds: Callable[[ModelConfig], bool] = lambda config: True
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,15 @@ def import_weights(
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}
     ours: dict[str, Tensor] = {}
-    for layer, i, kind in _places(architecture, config):
+    for layer, i, kind in _places(architecture, config, shapes):
         names = [part.format(i=i) + kind for part in layer.ours]
         if not all(name in shapes for name in names):
             continue
         whole = _read(layer, i, kind, theirs, config)
         if layer.transposed and kind == ".weight":
             whole = whole.t()
+        if (scale := layer.scale(config)) != 1:
+            whole = whole * scale
         sizes = [shapes[name][0] for name in names]
         if whole.shape != (sum(sizes), *shapes[names[0]][1:]):
             wanted = (sum(sizes), *shapes[names[0]][1:])
@@ -75,7 +80,7 @@ def export_weights(
 ) -> dict[str, Tensor]:
     """Our tensors under their names, for a configuration that the architecture holds."""
     theirs: dict[str, Tensor] = {}
-    for layer, i, kind in _places(architecture, config):
+    for layer, i, kind in _places(architecture, config, ours):
         names = [part.format(i=i) + kind for part in layer.ours]
         if not all(name in ours for name in names):
             continue
@@ -86,15 +91,23 @@ def export_weights(
             continue
         if layer.transposed and kind == ".weight":
             whole = whole.t()
+        if (scale := layer.scale(config)) != 1:
+            whole = whole / scale
         theirs[layer.theirs.format(i=i) + kind] = whole.contiguous()
     return theirs
 
 
-def _places(architecture: Architecture, config: ModelConfig) -> list[tuple[Layer, int, str]]:
-    """Every layer of theirs in every block, with the ending of each parameter it may have."""
+def _places(
+    architecture: Architecture, config: ModelConfig, names: Iterable[str]
+) -> list[tuple[Layer, int, str]]:
+    """Every layer of theirs in every block, with the ending of each parameter it may have; names: ours, of all."""
     places = []
     for layer in architecture.layers:
-        for i in range(config.num_layers if "{i}" in layer.theirs else 1):
+        if not layer.holds(config):
+            continue
+        before, has_blocks, _ = layer.ours[0].partition("{i}")
+        blocks = {name[len(before) :].partition(".")[0] for name in names if name.startswith(before)}
+        for i in range(len(blocks) if has_blocks else 1):
             kinds = ("",) if "{x}" in layer.theirs else (".weight", ".bias")
             places += [(layer, i, kind) for kind in kinds]
     return places

@@ -10,13 +10,16 @@ from model.convert.architecture import Architecture
 from model.convert.falcon import FALCON
 from model.convert.gpt2 import GPT2
 from model.convert.llama import LLAMA, MISTRAL, MIXTRAL, QWEN3
+from model.convert.t5 import T5
 from model.errors import ConversionError
+from model.models import parse_model
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN3, MIXTRAL, GPT2, FALCON, T5)
 
 _TRAINING_ONLY = (
     "dropout", "attention.dropout", "ffn.dropout", "attention.kernel", "init", "init_std", "residual_scaled_init",
     "vocab_size_multiple", "ffn.expansion_factor", "ffn.multiple_of", "loss",
+    "max_source_len",  # of the only one that holds a source, T5, whose positions know no end
     "moe.balance", "moe.load_balance_loss", "moe.router_z_loss", "moe.bias_rate",
 )  # fmt: skip
 """Keys without a meaning for the trained model."""
@@ -33,7 +36,7 @@ def read_config(theirs: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     if not isinstance(model_type, str) or model_type not in known:
         raise ConversionError(f"model_type={model_type!r} is not known here: {', '.join(known)} are")
     try:
-        return known[model_type], ModelConfig.model_validate(known[model_type].to_ours(theirs))
+        return known[model_type], parse_model(known[model_type].to_ours(theirs))
     except KeyError as error:
         raise ConversionError(f"config.json has no {error}") from None
     except ValidationError as error:
@@ -52,8 +55,10 @@ def choose(config: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
     for architecture in ARCHITECTURES:
         try:
             theirs = architecture.to_theirs(config)
-            back = ModelConfig.model_validate(architecture.to_ours(theirs))
+            back = parse_model(architecture.to_ours(theirs))
         except (ConversionError, ValidationError):
+            continue
+        if back.type != config.type:
             continue
         lost = differences(config, back)
         if not lost:

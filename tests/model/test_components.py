@@ -12,7 +12,7 @@ from model.block import Block
 from model.build import build_model
 from model.cache import KeyValueCache, KeyValues
 from model.config import ModelConfig
-from model.feedforward import ACTIVATIONS, FEEDFORWARD, GATES, Gated
+from model.feedforward import ACTIVATIONS, FEEDFORWARD, GATES, Gated, gelu_tanh
 from model.masks import make_mask
 from model.norms import NORMS
 from model.positions import Rope
@@ -108,7 +108,7 @@ def test_placements(placement, parallel):
 def test_gates(variant):
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64)
     gate.requires_grad_(), up.requires_grad_()
-    function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}[variant]
+    function = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh, "glu": torch.sigmoid}[variant]
     assert torch.equal(Gated.apply(gate, up, variant), function(gate) * up)
     assert torch.autograd.gradcheck(lambda g, u: Gated.apply(g, u, variant), (gate, up))
 
@@ -128,7 +128,7 @@ def test_activations():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("variant", ["swiglu", "geglu", "glu", "mlp"])
+@pytest.mark.parametrize("variant", ["swiglu", "geglu", "geglu_tanh", "glu", "mlp"])
 def test_feedforward(variant, bias):
     ffn = {"variant": variant, "bias": bias, "d_ff": 24}
     if variant == "mlp":
@@ -136,7 +136,7 @@ def test_feedforward(variant, bias):
     config = config_of({}, ffn=ffn)
     layer = FEEDFORWARD[variant](config)
     x = torch.randn(2, 3, config.d_model)
-    function = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}.get(variant)
+    function = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh, "glu": torch.sigmoid}.get(variant)
     hidden = layer.up(x).relu() ** 2 if function is None else function(layer.gate(x)) * layer.up(x)
     torch.testing.assert_close(layer(x), layer.down(hidden))
     assert {name.split(".")[1] for name, _ in layer.named_parameters()} == {

@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from model.beam import Beams, beam_search
 from model.build import build_model
 from model.config import ModelConfig
 from model.convert.architecture import export_weights, import_weights
 from model.convert.choose import ARCHITECTURES, choose, read_config
 from model.errors import ConversionError
+from model.generate import generate
+from model.models import parse_model
 from tests.model import hugging_face  # noqa: F401 - mends the import of transformers
 
 SMALL_LLAMA = {
@@ -38,6 +41,22 @@ SMALL_FALCON = {
     "alibi": False,
     "new_decoder_architecture": False,
 }
+SMALL_T5 = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 12,
+    "relative_attention_max_distance": 10,
+}
+T5S: list[dict[str, Any]] = [
+    SMALL_T5,
+    SMALL_T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    SMALL_T5 | {"feed_forward_proj": "gated-silu", "num_decoder_layers": 1},
+]
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", SMALL_LLAMA),
     ("llama", SMALL_LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -85,6 +104,65 @@ def test_logits_equal_and_weights_come_back(model_type: str, settings: dict[str,
         torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("settings", T5S)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_t5_with_padded_sources_equals_theirs_and_comes_back(settings: dict[str, Any], side: str) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**settings, decoder_start_token_id=0)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0.0, 0.3)
+    architecture, config = read_config(theirs.config.to_dict())
+    ours = build_model(config).eval()
+    ours.load_state_dict(import_weights(architecture, config, theirs.state_dict()))
+    source, tokens = torch.randint(1, 61, (3, 17)), torch.randint(1, 61, (3, 15))
+    padding = torch.arange(17) >= torch.tensor([[17], [5], [11]])
+    padding = padding if side == "right" else padding.flip(1)
+    arguments = {"input_ids": source, "attention_mask": (~padding).long(), "decoder_input_ids": tokens}
+    with torch.no_grad():
+        expected = theirs(**arguments).logits
+        got = ours(source, tokens, source_padding=padding)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        start, theirs.generation_config.eos_token_id = torch.zeros(3, 1, dtype=torch.int64), None
+        best = beam_search(ours, start, 6, Beams(count=3), inputs={"source": source}).tokens[:, 0]
+        drawn = generate(ours, start, 6, temperature=0, inputs={"source": source})
+    for made, beams in ((best, 3), (drawn, 1)):
+        # their cache takes a decoder to be as deep as its encoder
+        asked = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "use_cache": False}
+        same = theirs.generate(source, **asked)
+        assert torch.equal(made, same)
+
+    chosen, written = choose(config)
+    assert chosen is architecture
+    again = T5ForConditionalGeneration(T5Config(**written)).eval()
+    exported = export_weights(chosen, config, dict(ours.named_parameters()))
+    missing, unexpected = again.load_state_dict(exported, strict=False)
+    tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert not unexpected and set(missing) <= tied
+    again.tie_weights()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**arguments).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [
+        ({"positional": {"encoding": "rope"}}, "the nearest, t5, lacks model.positional.encoding=rope"),
+        (
+            {"positional": {"encoding": "relative"}, "ffn": {"variant": "geglu"}},
+            "the nearest, t5, lacks model.ffn.variant=geglu",
+        ),
+    ],
+)
+def test_encoders_and_decoders_that_t5_does_not_hold(settings: dict[str, Any], lacking: str) -> None:
+    sizes: dict[str, Any] = {"type": "encoder_decoder", "vocab_size": 64, "d_model": 32, "num_layers": 2}
+    sizes["attention"] = {"variant": "mha", "num_heads": 4}
+    with pytest.raises(ConversionError, match=f"{lacking}$"):
+        choose(parse_model(sizes | settings))
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -125,4 +203,4 @@ def test_missing_and_misshapen_tensors_are_named() -> None:
 
 
 def test_every_architecture_is_tried() -> None:
-    assert {model_type for model_type, _ in MODELS} == {a.model_type for a in ARCHITECTURES}
+    assert {model_type for model_type, _ in MODELS} | {"t5"} == {a.model_type for a in ARCHITECTURES}

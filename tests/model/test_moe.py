@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
-from model.feedforward import ACTIVATIONS
+from model.feedforward import ACTIVATIONS, FEEDFORWARD, gelu_tanh
 from model.initialize import initialize
 from model.loss import IGNORE_INDEX
 from model.moe import MoE, expert_statistics, take_expert_counts, update_balance
@@ -54,7 +54,9 @@ def dense(layer, x):
         if ffn.variant == "mlp":
             hidden = ACTIVATIONS[ffn.activation](hidden)
         else:
-            gate = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}[ffn.variant]
+            gate = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh, "glu": torch.sigmoid}[
+                ffn.variant
+            ]
             hidden = gate(project(x, "gate", expert)) * hidden
         total = total + project(hidden, "down", expert) * weights[..., expert, None].to(x.dtype)
     return total
@@ -72,7 +74,7 @@ def test_equals_a_dense_loop_over_the_experts(dtype, shape, d_ff, experts, data)
     layer = make(
         dtype,
         shape[-1],
-        {"variant": data.draw(st.sampled_from(["swiglu", "geglu", "glu", "mlp"])), "bias": data.draw(st.booleans())},
+        {"variant": data.draw(st.sampled_from(list(FEEDFORWARD))), "bias": data.draw(st.booleans())},
         num_experts=experts,
         top_k=(top_k := data.draw(st.integers(1, experts))),
         router=data.draw(st.sampled_from(["softmax", "sigmoid"])),

@@ -15,6 +15,7 @@ PUBLISHED = {
     "deepseek_moe": "16376",
     "palm": "8632",
     "gemma": "2614",
+    "t5": "61",
 }
 
 

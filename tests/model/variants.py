@@ -19,7 +19,7 @@ OPTIONS: dict[str, list[Any]] = {
     "attention.logit_soft_cap": [None, 2.0],
     "positional.encoding": ["rope", "alibi", "relative", "sinusoidal", "learned", "none"],
     "positional.rope_scaling": [None, 2.0, "ntk", "yarn", "llama3"],
-    "ffn.variant": ["swiglu", "geglu", "glu", "mlp"],
+    "ffn.variant": ["swiglu", "geglu", "geglu_tanh", "glu", "mlp"],
     "ffn.bias": [False, True],
     "moe": ["none", "softmax", "sigmoid"],
     "norm.type": ["rmsnorm", "layernorm", "scalenorm"],

@@ -14,7 +14,9 @@ def generate(
     run: Annotated[str, typer.Argument(help="The folder of a run, such as runs/demo.")],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What to go on from; as often as wanted. Empty: begin a document."),
+        typer.Option(
+            help="What to go on from, empty: begin a document; of pairs, the source to answer to. As often as wanted."
+        ),
     ] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Go on from each line of the input.")

@@ -14,6 +14,7 @@ class Kind(StrEnum):
     """What a source holds."""
 
     TEXT = "text"
+    PAIRS = "pairs"
     IMAGES = "images"
     CODES = "codes"
 
@@ -42,8 +43,12 @@ def prepare(
         int | None, typer.Option(help="Processes; left out, as many as cores where the corpus is large.")
     ] = None,
     kind: Annotated[
-        Kind, typer.Option(help="What the source holds: text, images, or codes of a codebook of yours.")
+        Kind,
+        typer.Option(help="What the source holds: text, pairs, images, or codes of a codebook of yours."),
     ] = Kind.TEXT,
+    source_len: Annotated[
+        int, typer.Option(help="Pairs: tokens of a source; --seq-len is that of targets.")
+    ] = 512,
     labels: Annotated[
         str | None, typer.Option(help="Images and codes: an .npy of classes, where the source is an .npy.")
     ] = None,
@@ -60,8 +65,16 @@ def prepare(
 
     Example: `trireme prepare --source 'texts/**/*.txt' --out datasets/mine --vocab-size 8192`
 
+    Pairs are .jsonl files with a `source` and a `target` in each line, or `stdlib-docstrings`: functions of Python's
+    standard library and the first lines of their docstrings.
+
+    Example: `trireme prepare --kind pairs --source pairs.jsonl --source-len 256 --seq-len 64 --out datasets/pairs`
+
     Example: `trireme prepare --kind images --source pictures/ --image-size 32 --out datasets/pictures`
     """
+    if kind == Kind.PAIRS:
+        _prepare_pairs(source, out, vocab_size, tokenizer, source_len, seq_len, validation_fraction)
+        return
     if kind != Kind.TEXT:
         _prepare_pictures(
             kind, source, out, labels, patch_size, codebook_size, image_size, validation_fraction
@@ -82,6 +95,34 @@ def prepare(
             progress=progress,
         )
     _print(report)
+
+
+def _prepare_pairs(
+    source: list[str],
+    out: Path,
+    vocab_size: int,
+    tokenizer: Path | None,
+    source_len: int,
+    seq_len: int,
+    validation_fraction: float,
+) -> None:
+    from data.prepare_pairs import prepare_pairs
+
+    info = prepare_pairs(
+        source,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        source_len=source_len,
+        seq_len=seq_len,
+        validation_fraction=validation_fraction,
+    )
+    print(
+        f"{info.train.documents:,} pairs for training, {info.validation.documents:,} for validation; "
+        f"{info.train.tokens:,} and {info.validation.tokens:,} tokens of targets, of a vocabulary of "
+        f"{info.vocab_size:,}"
+    )
+    print(f"next: trireme train docstrings data.path={info.path} run.name=mine")
 
 
 def _prepare_pictures(
