@@ -1,6 +1,7 @@
 """Texts of a run, as `trireme generate` prints them."""
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.prepare_pairs import prepare_pairs
 from data.tokenizer import Tokenizer
+from model.beam import BeamSearch
+from model.sampling import Sampling
 from parallel.processes import WorkerPool
 from tests.train.running import train_here
 from train.cli.generate import generate
+from train.decoding import Decoding
 from train.errors import RunError
-from train.texts import WrittenText
+from train.evaluate_run import LoadedRun, load_run
+from train.texts import TextSettings, WrittenText, continuations
 
 Write = Callable[..., str]
 
@@ -26,6 +32,20 @@ def run(pools: dict[int, WorkerPool], tiny_config: str, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("runs")
     pools[1].run(train_here, tiny_config, [f"run.dir={folder}", "run.steps=30"])
     return str(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def pair_run(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path_factory: pytest.TempPathFactory
+) -> LoadedRun:
+    """An encoder and decoder that counts men in letters."""
+    folder = tmp_path_factory.mktemp("pairs")
+    pairs = [{"source": f"{n} oars and {n % 7} men", "target": "ABCDEFG"[n % 7] * 3} for n in range(300)]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    prepare_pairs([str(folder / "pairs.jsonl")], folder / "set", vocab_size=300, source_len=24, seq_len=8)
+    overrides = [f"run.dir={folder}", f"data.path={folder / 'set'}", "model.type=encoder_decoder"]
+    pools[1].run(train_here, tiny_config, [*overrides, "run.steps=40"])
+    return load_run(str(folder / "run"))
 
 
 @pytest.fixture
@@ -68,6 +88,18 @@ def test_prompts_of_unequal_length_are_answered_as_if_alone(write: Write, option
     prompts = ["The trireme was a warship", "I", ""]
     together = parts_of(write(*prompts, **options), 3)
     assert together == [write(prompt, **options) for prompt in prompts]
+
+
+@pytest.mark.parametrize("decoding", [Sampling(temperature=0), BeamSearch(3)], ids=str)
+def test_sources_of_unequal_length_are_answered_as_if_alone(pair_run: LoadedRun, decoding: Decoding) -> None:
+    def answers(*sources: str) -> list[str]:
+        wanted = TextSettings(decoding, 6)
+        pieces = continuations(pair_run.model, pair_run.tokenizer, sources, wanted, pair_run.device)
+        return ["".join(parts) for parts in zip(*pieces, strict=True)]
+
+    sources = ["12 oars", "3", "", "400 men and a piper"]
+    assert answers(*sources) == [answers(source)[0] for source in sources]
+    assert len(set(answers(*sources))) > 1
 
 
 def test_the_best_of_the_beams_come_first(write: Write) -> None:
