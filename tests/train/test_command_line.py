@@ -54,7 +54,7 @@ def test_from_text_to_a_generating_model(corpus: Path, tmp_path: Path) -> None:
     ]
     trained = trireme("train", "tiny", *settings)
     assert "step 4/4" in trained.stdout
-    assert "Transformer(" in trained.stdout and "2 process(es), dp_replicate 1 x dp_shard 2" in trained.stdout
+    assert "Transformer(" in trained.stdout and "2 process(es), dp_shard 2" in trained.stdout
     for rank in range(2):
         assert "saved" in (run / "logs" / f"rank-{rank:05d}.log").read_text()
     assert "already" in trireme("train", "tiny", *settings).stdout
