@@ -16,10 +16,10 @@ from model.transformer import Trunk
 
 
 @dataclass(frozen=True)
-class Beams:
+class BeamSearch:
     """Settings of `beam_search`. Raises ValueError for a value that can't be."""
 
-    count: int = 4
+    beams: int = 4
     """Continuations that are kept at each length, and found at the end."""
     length_penalty: float = 1.0
     """A continuation's score is its log-probability / length ** length_penalty, as in transformers, the stop token
@@ -30,7 +30,7 @@ class Beams:
     """Any of them ends a continuation."""
 
     def __post_init__(self) -> None:
-        require("beams", self.count, self.count >= 1, "1 or more")
+        require("beams", self.beams, self.beams >= 1, "1 or more")
         require("vocab_size", self.vocab_size, self.vocab_size is None or self.vocab_size >= 1, "1 or more")
 
 
@@ -51,7 +51,7 @@ def beam_search(
     model: Trunk,
     tokens: Tensor,
     max_new_tokens: int,
-    beams: Beams,
+    search: BeamSearch,
     *,
     padding: Tensor | None = None,
     use_cache: bool = True,
@@ -66,33 +66,33 @@ def beam_search(
     """
     require("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more")
     reader = Reader(model, tokens, max_new_tokens, padding=padding, inputs=inputs, use_cache=use_cache)
-    stops = torch.tensor(beams.stop_tokens, dtype=torch.int64, device=tokens.device)
+    stops = torch.tensor(search.stop_tokens, dtype=torch.int64, device=tokens.device)
     going = Hypotheses(tokens.unsqueeze(1), torch.zeros(len(tokens), 1, device=tokens.device))
     finished = Hypotheses(going.tokens[:, :0], going.scores[:, :0])
     for length in range(1, max_new_tokens + 1):
-        candidates, rows = _extend(going, reader.logits(), beams)
+        candidates, rows = _extend(going, reader.logits(), search)
         ended = torch.isin(candidates.tokens[..., -1], stops) | (length == max_new_tokens)
-        finished = _set_aside(finished, candidates, ended, length, beams)
+        finished = _set_aside(finished, candidates, ended, length, search)
         unfinished = candidates.scores.masked_fill(ended, -torch.inf)
-        chosen = unfinished.topk(min(beams.count, unfinished.shape[1])).indices
+        chosen = unfinished.topk(min(search.beams, unfinished.shape[1])).indices
         going = Hypotheses(candidates.tokens, unfinished).take(chosen)
-        longest = max_new_tokens if beams.length_penalty > 0 else length + 1
-        if bool((going.scores[:, 0] / longest**beams.length_penalty <= finished.scores[:, -1]).all()):
+        longest = max_new_tokens if search.length_penalty > 0 else length + 1
+        if bool((going.scores[:, 0] / longest**search.length_penalty <= finished.scores[:, -1]).all()):
             break
         reader.reorder(rows.gather(1, chosen).flatten())
         reader.add(going.tokens[..., -1].reshape(-1, 1))
     return finished
 
 
-def _extend(going: Hypotheses, logits: Tensor, beams: Beams) -> tuple[Hypotheses, Tensor]:
+def _extend(going: Hypotheses, logits: Tensor, search: BeamSearch) -> tuple[Hypotheses, Tensor]:
     """Logits (B * N, V) of N that go on -> the C likeliest of all that are one token longer, from the best, and
     the row of the logits that each comes from, (B, C); as many as leave N unfinished.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    likelihoods = logits[:, : beams.vocab_size].to(wide).log_softmax(dim=-1)
+    likelihoods = logits[:, : search.vocab_size].to(wide).log_softmax(dim=-1)
     batch, count = going.scores.shape
     scores = going.scores.unsqueeze(-1) + likelihoods.unflatten(0, (batch, count))
-    kept = min(beams.count * (1 + len(beams.stop_tokens)), scores[0].numel())
+    kept = min(search.beams * (1 + len(search.stop_tokens)), scores[0].numel())
     best, index = scores.flatten(1).topk(kept)
     parents, tokens = index // scores.shape[-1], index % scores.shape[-1]
     longer = torch.cat((going.tokens.take_along_dim(parents.unsqueeze(-1), 1), tokens.unsqueeze(-1)), dim=-1)
@@ -100,14 +100,14 @@ def _extend(going: Hypotheses, logits: Tensor, beams: Beams) -> tuple[Hypotheses
 
 
 def _set_aside(
-    finished: Hypotheses, candidates: Hypotheses, ended: Tensor, length: int, beams: Beams
+    finished: Hypotheses, candidates: Hypotheses, ended: Tensor, length: int, search: BeamSearch
 ) -> Hypotheses:
     """The N best of what was finished and of the candidates that ended (B, C), if these are among the N likeliest."""
     rank = torch.arange(ended.shape[1], device=ended.device)
-    scores = candidates.scores / length**beams.length_penalty
-    scores = scores.masked_fill(~ended | (rank >= beams.count), -torch.inf)
+    scores = candidates.scores / length**search.length_penalty
+    scores = scores.masked_fill(~ended | (rank >= search.beams), -torch.inf)
     as_long = torch.cat((finished.tokens, finished.tokens[..., -1:]), dim=-1)
     both = Hypotheses(
         torch.cat((as_long, candidates.tokens), dim=1), torch.cat((finished.scores, scores), dim=1)
     )
-    return both.take(both.scores.topk(min(beams.count, both.scores.shape[1])).indices)
+    return both.take(both.scores.topk(min(search.beams, both.scores.shape[1])).indices)

@@ -119,6 +119,11 @@ class EvaluationConfig(Section):
     """What the sample goes on from; empty: the beginning of a document."""
     sample_tokens: int = Field(64, ge=1)
     """The sample's length in tokens."""
+    sample_steps: int = Field(32, ge=1)
+    """Of a flow matching model: steps from noise to a sample."""
+    sample_classes: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    """Of a model that draws pictures of a class: the classes that are drawn, a row for each; left out, the
+    first ten."""
 
 
 class Config(Section):

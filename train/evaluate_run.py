@@ -1,8 +1,7 @@
-"""Evaluating and sampling from a finished run's folder, in one process."""
+"""Evaluating and loading a finished run's folder, in one process."""
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import torch
 from data.dataset import ImageCodesInfo, open_dataset
 from data.tokenizer import Tokenizer
 from model.build import build_model
-from model.generate import stream
-from model.sampling import Sampling
 from model.transformer import Trunk
 from parallel.config import ParallelConfig
 from parallel.fsdp import COMPUTE_DTYPE
@@ -25,7 +22,6 @@ from train.evaluate import validation_loss
 from train.resolve import resolve
 from train.run import make_engine
 from train.run_folder import RunFolder, open_run
-from train.samples import Choice, begin
 
 log = logging.getLogger(__name__)
 
@@ -110,33 +106,6 @@ def load_run(path: str) -> LoadedRun:
 def _vocabulary(folder: RunFolder) -> Tokenizer | ImageCodesInfo:
     info = open_dataset(folder.path) if folder.dataset.is_file() else None  # an imported run has none
     return info if isinstance(info, ImageCodesInfo) else Tokenizer.load(folder.tokenizer)
-
-
-def continuation(run: LoadedRun, prompt: str, max_new_tokens: int, choice: Choice) -> Iterator[str]:
-    """The text that goes on from `prompt`, piece by piece, up to the document's end."""
-    tokenizer = run.tokenizer
-    decoder = tokenizer.incremental_decoder()
-    start, inputs = begin(run.model, tokenizer, prompt, run.device)
-    try:
-        tokens = stream(
-            run.model,
-            start,
-            max_new_tokens,
-            Sampling(
-                temperature=choice.temperature,
-                top_k=choice.top_k,
-                top_p=choice.top_p,
-                stop_tokens=(tokenizer.eos_id,),
-                vocab_size=tokenizer.vocab_size,
-            ),
-            generator=torch.Generator(run.device).manual_seed(choice.seed),
-            inputs=inputs,
-        )
-    except ValueError as error:  # what this model can't generate
-        raise RunError(str(error)) from None
-    for token in tokens:
-        yield decoder.add(int(token))
-    yield decoder.finish()
 
 
 def _newest(folder: RunFolder) -> Path:

@@ -163,6 +163,13 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
             f"evaluation.sample_every_steps: a model of type {model.type} with "
             f"model.attention.mask_type=bidirectional generates nothing: leave it out"
         )
+    if isinstance(dataset, ImageCodesInfo):
+        unknown = [at for at in settings.sample_classes or () if at >= len(dataset.class_names)]
+        if unknown:
+            raise ConfigError(
+                f"evaluation.sample_classes: there is no class {unknown[0]} in {config.data.path}: there are 0 to "
+                f"{len(dataset.class_names) - 1}"
+            )
     if model.positional.encoding == "learned" and isinstance(dataset, TextInfo):
         encoded = Tokenizer.load(dataset.tokenizer_path).encode(settings.sample_prompt)
         answers = isinstance(model, EncoderDecoderConfig)

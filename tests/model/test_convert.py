@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.beam import Beams, beam_search
+from model.beam import BeamSearch, beam_search
 from model.build import build_model
 from model.config import ModelConfig
 from model.convert.architecture import export_weights, import_weights
@@ -143,7 +143,7 @@ def test_t5_with_padded_sources_equals_theirs_and_comes_back(settings: dict[str,
         got = ours(source, tokens, source_padding=padding)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         start, theirs.generation_config.eos_token_id = torch.zeros(3, 1, dtype=torch.int64), None
-        best = beam_search(ours, start, 6, Beams(count=3), inputs={"source": source}).tokens[:, 0]
+        best = beam_search(ours, start, 6, BeamSearch(3), inputs={"source": source}).tokens[:, 0]
         drawn = generate(ours, start, 6, temperature=0, inputs={"source": source})
     for made, beams in ((best, 3), (drawn, 1)):
         # their cache takes a decoder to be as deep as its encoder

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.beam import Beams, beam_search
+from model.beam import BeamSearch, beam_search
 from model.build import build_model
 from model.count import flops_per_token, parameter_count
 from model.encoder_decoder.config import EncoderDecoderConfig
@@ -160,7 +160,7 @@ def test_beams_with_and_without_cache_and_each_row_its_own(choice: dict[str, Any
         parameter.data *= 4
     source, tokens, _ = random_batch(3)
     padding = torch.arange(10) >= torch.tensor([[10], [4], [7]])
-    inputs, beams = {"source": source, "source_padding": padding}, Beams(count=3)
+    inputs, beams = {"source": source, "source_padding": padding}, BeamSearch(3)
     cached, uncached = (
         beam_search(model, tokens[:, :1], 6, beams, use_cache=use, inputs=inputs) for use in (True, False)
     )

@@ -10,11 +10,18 @@ import pytest
 from tests.train.running import environment, losses
 
 
-def trireme(*arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command; it must end with `code`."""
+def trireme(
+    *arguments: str, code: int = 0, cwd: Path | None = None, typed: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the command on an input; it must end with `code`."""
     script = Path(sys.executable).with_name("trireme")
     done = subprocess.run(
-        [str(script), *arguments], capture_output=True, text=True, env=environment(), cwd=cwd
+        [str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=cwd,
+        input=typed,
     )
     assert done.returncode == code, f"{done.returncode}: {done.stdout}\n{done.stderr}"
     return done
@@ -47,7 +54,7 @@ def test_from_text_to_a_generating_model(corpus: Path, tmp_path: Path) -> None:
     ]
     trained = trireme("train", "tiny", *settings)
     assert "step 4/4" in trained.stdout
-    assert "Transformer(" in trained.stdout and "2 process(es), dp_replicate 1 x dp_shard 2" in trained.stdout
+    assert "Transformer(" in trained.stdout and "2 process(es), dp_shard 2" in trained.stdout
     for rank in range(2):
         assert "saved" in (run / "logs" / f"rank-{rank:05d}.log").read_text()
     assert "already" in trireme("train", "tiny", *settings).stdout
@@ -59,6 +66,8 @@ def test_from_text_to_a_generating_model(corpus: Path, tmp_path: Path) -> None:
     text = trireme(*greedy).stdout
     assert text.startswith("The") and len(text) > 4
     assert trireme(*greedy).stdout == text
+    answers = trireme(*greedy[:2], "--interactive", *greedy[4:], typed="The\nThe\n").stdout
+    assert answers == text + text
     assert trireme("plot", str(run)).stdout.strip() == str(run / "curves.png")
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,15 +8,16 @@ from safetensors.torch import load_file, save_file
 
 from data.tokenizer import Tokenizer
 from model.errors import ConversionError
+from model.sampling import Sampling
 from parallel.processes import WorkerPool
 from tests.model import hugging_face  # noqa: F401 - mends the import of transformers
 from tests.train.running import losses, train_here
 from train.config_file import load_config
 from train.convert_run import export_run, import_run
 from train.errors import RunError
-from train.evaluate_run import continuation, load_run
+from train.evaluate_run import load_run
 from train.run_folder import RunFolder
-from train.samples import Choice
+from train.texts import TextSettings, continuations
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,9 @@ def run(pools: dict[int, WorkerPool], tiny_config: str, tmp_path_factory: pytest
 
 def text_of(run: Path) -> str:
     """What a run generates, greedily."""
-    return "".join(continuation(load_run(str(run)), "The trireme", 12, Choice(temperature=0.0)))
+    loaded, greedy = load_run(str(run)), TextSettings(Sampling(temperature=0), 12)
+    pieces = continuations(loaded.model, loaded.tokenizer, ["The trireme"], greedy, loaded.device)
+    return "".join(piece for (piece,) in pieces)
 
 
 def test_exported_run_loads_in_transformers_with_equal_logits_and_tokens(run: Path, tmp_path: Path) -> None:

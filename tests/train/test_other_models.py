@@ -13,16 +13,19 @@ from data.dataset import ImageCodesInfo, PairsInfo
 from data.prepare_pairs import prepare_pairs
 from data.prepare_pictures import prepare_pictures
 from model.encoder_decoder.config import EncoderDecoderConfig
+from model.sampling import Sampling
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
 from tests.train.test_command_line import trireme
 from train.cli.generate import generate
 from train.config_file import load_config
 from train.convert_run import export_run, import_run
+from train.decoding import Refinement
 from train.errors import ConfigError, RunError
 from train.evaluate_run import evaluate_run, load_run
 from train.resolve import resolve
-from train.samples import Choice, draw_codes, make_pictures, make_text
+from train.samples import draw_codes, make_pictures
+from train.texts import TextSettings, continuations
 
 FLOW = ["model.type=flow_matching", "model.positional.encoding=rope", "model.time_embed_dim=16"]
 
@@ -56,6 +59,7 @@ def picture_run(
         "data.global_batch_size=16",
         "evaluation.every_steps=40",
         "evaluation.sample_every_steps=40",
+        "evaluation.sample_classes=[1,0,1]",
     ]
     pools[2].run(train_here, tiny_config, overrides)
     return folder / "run"
@@ -65,6 +69,7 @@ def test_any_number_of_processes_computes_the_same_flow(
     pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
 ) -> None:
     between = ["evaluation.every_steps=6", "evaluation.sample_every_steps=6", "evaluation.sample_tokens=8"]
+    between.append("evaluation.sample_steps=4")
     common = [f"run.dir={tmp_path}", "precision=fp64", "run.steps=12", *FLOW, *between]
     pools[1].run(train_here, tiny_config, [*common, "run.name=one", "data.micro_batch_size=8"])
     pools[2].run(train_here, tiny_config, [*common, "run.name=two", "data.micro_batch_size=1"])
@@ -85,12 +90,14 @@ def test_denoising_loss_falls_and_noise_is_refined(
     rows = [loss for _, loss, _ in losses(tmp_path / "run")]
     assert sum(rows[-20:]) < 0.6 * sum(rows[:20])
     loaded = load_run(str(tmp_path / "run"))
-    text = make_text(loaded.model, loaded.tokenizer, "The trireme", 12, Choice(1.0, steps=4), loaded.device)
-    assert text.startswith("The trireme") and len(text) > len("The trireme")
-    other = make_text(
-        loaded.model, loaded.tokenizer, "The trireme", 12, Choice(1.0, seed=1, steps=4), loaded.device
-    )
-    assert text != other
+
+    def text(seed: int) -> list[str]:
+        settings = TextSettings(Refinement(4, 1.0), 12, samples=2, seed=seed)
+        pieces = continuations(loaded.model, loaded.tokenizer, ["The trireme", ""], settings, loaded.device)
+        return ["".join(parts) for parts in zip(*pieces, strict=True)]
+
+    assert len(text(0)) == 4 and all(text(0))
+    assert text(0) != text(1)
 
 
 def test_pictures_are_learned_and_shown(picture_run: Path, stripes: ImageCodesInfo) -> None:
@@ -100,12 +107,14 @@ def test_pictures_are_learned_and_shown(picture_run: Path, stripes: ImageCodesIn
     events.Reload()
     assert [image.step for image in events.Images("sample")] == [40, 80]
     with Image.open(picture_run / "samples" / "step-00000080.png") as image:
-        assert image.size == (8 * 64 + 7 * 2, 2 * 64 + 2), "a row of eight for each class"
+        assert image.size == (8 * 64 + 7 * 2, 3 * 64 + 2 * 2), "a row of eight for each class"
 
     loaded = load_run(str(picture_run))
     assert isinstance(loaded.vocabulary, ImageCodesInfo)
     assert (loaded.vocabulary.digest, loaded.vocabulary.path) == (stripes.digest, picture_run)
-    codes = draw_codes(loaded.model, loaded.vocabulary, [0, 1], 30, Choice(0.7), loaded.device)
+    codes = draw_codes(
+        loaded.model, loaded.vocabulary, [0, 1], 30, Sampling(temperature=0.7), 0, loaded.device
+    )
     lying = (codes == codes[:, :, :1]).all(axis=2).mean(axis=1)
     assert lying[:30].mean() > 0.8 > 0.4 > lying[30:].mean(), "the class decides"
     assert (codes < 4).all()
@@ -121,7 +130,9 @@ def test_generating_pictures(picture_run: Path, tmp_path: Path, capsys: pytest.C
         ({"classes": "0"}, "pictures need a file: name it with --out"),
         ({"out": out, "classes": "0,two"}, "give numbers with commas between"),
         ({"out": out, "classes": "2"}, "there is no class 2: there are 0 to 1"),
-        ({"out": out, "prompt": "x"}, "makes pictures: leave it out"),
+        ({"out": out, "prompt": ["x"]}, "--prompt: .* makes pictures: leave it out"),
+        ({"out": out, "stop": ["x"], "beams": 2}, "--stop and --beams: .* makes pictures: leave them out"),
+        ({"out": out, "top_p": 2.0}, "top_p=2.0: it must be above 0"),
         ({"out": out, "steps": 3}, "generates token by token: leave it out"),
         ({"out": tmp_path / "no" / "grid.png"}, "can't be written"),
     ):
@@ -142,10 +153,11 @@ def test_pictures_without_classes(
         pools[1].run(train_here, tiny_config, overrides)
         loaded = load_run(str(tmp_path / name))
         assert isinstance(loaded.vocabulary, ImageCodesInfo)
-        pixels = make_pictures(loaded.model, loaded.vocabulary, None, 3, Choice(1.0), loaded.device)
+        decoding = Refinement() if name == "flow" else Sampling()
+        pixels = make_pictures(loaded.model, loaded.vocabulary, None, 3, decoding, 0, loaded.device)
         assert pixels.shape == (3 * 64 + 4, 3 * 64 + 4, 1)
         with pytest.raises(RunError, match="takes no classes"):
-            make_pictures(loaded.model, loaded.vocabulary, [0], 3, Choice(1.0), loaded.device)
+            make_pictures(loaded.model, loaded.vocabulary, [0], 3, decoding, 0, loaded.device)
 
 
 def test_what_does_not_fit_is_refused(stripes: ImageCodesInfo, tiny_config: str) -> None:
@@ -156,6 +168,8 @@ def test_what_does_not_fit_is_refused(stripes: ImageCodesInfo, tiny_config: str)
 
     pictures = (f"data.path={stripes.path}", "model.type=image_codes")
     fails(r"model.type=image_codes takes classes, but .* holds tokens \(text\)", "model.type=image_codes")
+    wanted = ("evaluation.sample_every_steps=9", "evaluation.sample_classes=[0,2]")
+    fails(r"evaluation.sample_classes: there is no class 2 in .*: there are 0 to 1", *pictures, *wanted)
     fails("model.num_classes=1 is less than the 2 classes", *pictures, "model.num_classes=1")
     fails("model.vocab_size=3 is smaller than the 5 tokens", *pictures, "model.vocab_size=3")
     fails("model.type='flow_maching' is no model: did you mean 'flow_matching'", "model.type=flow_maching")
@@ -287,7 +301,7 @@ def test_generated_digits_are_recognized(tmp_path: Path) -> None:
 
     loaded = load_run(str(tmp_path / "runs" / "digits"))
     assert isinstance(loaded.vocabulary, ImageCodesInfo)
-    codes = draw_codes(loaded.model, loaded.vocabulary, range(10), 50, Choice(1.0), loaded.device)
+    codes = draw_codes(loaded.model, loaded.vocabulary, range(10), 50, Sampling(), 0, loaded.device)
     pictures = Codebook.load(loaded.vocabulary.codebook_path).decode(codes)
     classifier = SVC(gamma=0.25).fit(digits.images.reshape(-1, 64) / 16, digits.target)
     recognized = classifier.predict(pictures.reshape(-1, 64) / 255) == np.repeat(np.arange(10), 50)
