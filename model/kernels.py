@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.attention_config import AttentionConfig
-from model.part import Part
 
 Kernel = Literal["flash", "flex", "naive"]
 
@@ -42,8 +41,6 @@ class Mask(NamedTuple):
     """For linear attention: (B, T) int64, contiguous."""
     padding: Tensor | None = None
     """For linear attention: (B, T) bool, True at padding."""
-    part: Part | None = None
-    """The mask is one of whole sequences, of which the activations are this part; None: all of it."""
 
 
 def choose_kernel(config: AttentionConfig, x: Tensor, *, needs_tensor: bool, cached: bool) -> Kernel:
@@ -151,8 +148,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-def flex_score_mod(bias: Bias | None, soft_cap: float | None) -> ScoreMod | None:
-    """The cap and then the bias, as flex_attention takes them."""
+def flex_score_mod(bias: Bias | None, soft_cap: float | None, first_head: int) -> ScoreMod | None:
+    """The cap and then the bias, as flex_attention takes them, which counts heads from 0."""
     if bias is None and soft_cap is None:
         return None
 
@@ -160,7 +157,7 @@ def flex_score_mod(bias: Bias | None, soft_cap: float | None) -> ScoreMod | None
         if soft_cap is not None:
             score = soft_cap * torch.tanh(score / soft_cap)
         # compiled for CPUs, a sum of two dtypes comes out wrong
-        return score if bias is None else score + bias(head, key - query).to(score.dtype)
+        return score if bias is None else score + bias(head + first_head, key - query).to(score.dtype)
 
     return score_mod
 

@@ -118,7 +118,7 @@ def make_mask(
         else:
             allowed = allowed_pairs(config, documents, padding)
             block_mask = flex_block_mask(allowed, len(x), len(keys), x.device)
-        score_mod = flex_score_mod(bias, config.logit_soft_cap)
+        score_mod = flex_score_mod(bias, config.logit_soft_cap, 0 if heads is None else heads.start)
         return Mask("flex", block_mask=block_mask, score_mod=score_mod)
     if flagged:
         return Mask(kernel, is_causal=is_causal and not sees_all)

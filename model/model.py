@@ -1,6 +1,6 @@
 """What every model is to those who train it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -23,9 +23,14 @@ class Model(nn.Module):
     """cost(config, seq_len): of the whole model, static."""
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def stacks(self) -> list[list[nn.Module]]:
+        """The blocks, in runs through each of which one sequence of tokens goes."""
+        return [list(self.blocks)]
+
+    @property
+    def layers(self) -> list[nn.Module]:
         """The units of sharding, activation checkpointing and compilation; each is called as a module."""
-        return list(self.blocks)
+        return [block for stack in self.stacks for block in stack]
 
     def __init__(self, config: BaseModelConfig) -> None:
         super().__init__()

@@ -43,9 +43,9 @@ class MoE(nn.Module):
             0, chosen.flatten(), torch.ones_like(chosen).flatten()
         )
         order = chosen.flatten().argsort(stable=True)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        rows = _TakeRows.apply(x.flatten(0, 1), order, back, copies)
-        rows = _TakeRows.apply(self.experts(rows, counts), back, order, 1)
+        back = inverse(order)
+        rows = take_rows(x.flatten(0, 1), order, back, copies)
+        rows = take_rows(self.experts(rows, counts), back, order)
         mixed = (rows.view(*chosen.shape, -1) * weights.to(rows.dtype).unsqueeze(-1)).sum(dim=2)
         return mixed if self.shared is None else mixed + self.shared(x), routing
 
@@ -61,11 +61,18 @@ class MoE(nn.Module):
         return cost + FEEDFORWARD[config.ffn.variant].cost(with_width(config, width)) if width else cost
 
 
-class _TakeRows(torch.autograd.Function):
-    """rows[order // copies]: each row `copies` times, in an order whose inverse is `back`.
+def inverse(order: Tensor) -> Tensor:
+    """The permutation (N,) that undoes `order`."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
-    The backward gathers by `back` and sums the copies, where indexing's own would scatter into the rows.
-    """
+
+def take_rows(rows: Tensor, order: Tensor, back: Tensor, copies: int = 1) -> Tensor:
+    """rows[order // copies]: each row `copies` times, in an order whose inverse is `back`."""
+    return _TakeRows.apply(rows, order, back, copies)
+
+
+class _TakeRows(torch.autograd.Function):
+    """The backward gathers by `back` and sums the copies, where indexing's own would scatter into the rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:

@@ -24,12 +24,14 @@ class Positions(nn.Module):
     """Positions that exist; None: any number."""
     heads: range
     """The query heads that a bias is made for: all of the model's, unless set otherwise."""
+    part_heads: range
+    """Those of them where the tokens are a part of their sequences, which other heads' processes hold too."""
     first_row: int = 0
     """The head that the first row of a weight with a row for each head belongs to."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = range(config.attention.num_heads)
+        self.heads = self.part_heads = range(config.attention.num_heads)
 
     def embed(self, x: Tensor, offset: int, places: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) of tokens at positions offset .. offset + T, or at places (B, T) -> (B, T, D)."""

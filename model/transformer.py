@@ -103,12 +103,11 @@ class Stack(nn.Module):
             queries if cache is None else cache.keys(x.shape[1]),
             x,
             bias=self.positions.bias(x),
-            heads=self.positions.heads,
+            heads=self.positions.heads if part is None else self.positions.part_heads,
             documents=document_ids,
             padding=padding,
             cached=cache is not None,
         )
-        mask = mask._replace(part=part)
         for index, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[index]
             x = block(x, mask, rotation, layer_cache, None if memories is None else memories[index])

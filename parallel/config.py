@@ -18,6 +18,16 @@ class ParallelConfig(BaseModel):
     """Groups of data-parallel ranks that each hold a whole copy of the weights."""
     dp_shard: int = -1
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded; -1: what is left."""
+    pp: int = Field(1, ge=1)
+    """Ranks among which the layers are shared out."""
+    cp: int = Field(1, ge=1)
+    """Ranks among which the tokens of every sequence are shared out."""
+    tp: int = Field(1, ge=1)
+    """Ranks among which every layer's heads and features, and the vocabulary, are shared out."""
+    sequence_parallel: bool = True
+    """With tp: between attention and feed-forward the ranks work on different tokens, and not all on all."""
+    ep: int = Field(1, ge=1)
+    """Ranks among which experts are shared out. They are some of dp_shard x cp, so ep divides these."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward and gather them again in the backward."""
     cpu_offload: bool = False

@@ -1,23 +1,27 @@
 """The torch engine: one optimizer step of a sharded model, with a loss and a gradient norm that are global."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Protocol, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from model.config import BaseModelConfig
 from model.loss import IGNORE_INDEX
 from model.moe import ExpertStatistics, expert_statistics, take_expert_counts, update_balance
+from model.part import Part
 from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
-from parallel.gradients import global_norm, local, scale
-from parallel.layout import Layout
+from parallel.context import Context
+from parallel.cut import holders, view
+from parallel.gradients import add_partial, global_norm, local, scale
 from parallel.loss_scale import LossScale
+from parallel.mesh import Mesh
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -51,8 +55,7 @@ class TorchEngine:
         activation_checkpoint: ActivationCheckpointConfig,
         compilation: CompileConfig,
         *,
-        layout: Layout,
-        mesh: DeviceMesh,
+        mesh: Mesh,
         device: torch.device,
         make_optimizer: MakeOptimizer,
         micro_batch_size: int,
@@ -61,12 +64,18 @@ class TorchEngine:
     ) -> None:
         self.device = device
         self.seed = seed
-        self.layout = layout
+        self.mesh = mesh
+        self.layout = mesh.layout
+        self.context = Context(mesh.cp) if mesh.layout.cp > 1 else None
         self.micro_batch_size = micro_batch_size
         self.max_grad_norm = max_grad_norm
-        self.model = lay_out(
-            model_config, parallel, precision, activation_checkpoint, compilation, mesh, seed
+        self.model, self.cuts = lay_out(
+            model_config, parallel, precision, activation_checkpoint, compilation, mesh, self.context, seed
         )
+        self._holders = {
+            name: holders(cast(DTensor, parameter), self.cuts[name], mesh)
+            for name, parameter in self.model.named_parameters()
+        }
         self.optimizer = make_optimizer(self.model)
         # where gradients are: with offload, on the host
         gradient_device = torch.device("cpu") if parallel.cpu_offload else device
@@ -80,32 +89,44 @@ class TorchEngine:
 
         Returns the loss (), on the device: the sum over target tokens divided by their global count.
         """
-        torch.manual_seed(_seed_of(self.seed, step, dist.get_rank()))
+        torch.manual_seed(_seed_of(self.seed, step, self.mesh.data_rank, self.mesh.cp_rank))
         batch = batch.to(self.device)
-        count = (batch.targets != IGNORE_INDEX).sum()
-        dist.all_reduce(count)
-        count = count.clamp(min=1)
+        count = self.mesh.sum_over_data((batch.targets != IGNORE_INDEX).sum()).clamp(min=1)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         micro_batches = list(batch.micro_batches(self.micro_batch_size))
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             # With sharded weights every micro-batch reduces, lest each rank hold a whole gradient;
             # replicas are summed once, after the last.
-            self.model.set_requires_gradient_sync(last or self.layout.dp_shard > 1)
+            self.model.set_requires_gradient_sync(last or self.layout.shard_size > 1)
             self.model.set_requires_all_reduce(last)
-            loss_sum = self.model.loss_sum(**micro_batch.inputs, targets=micro_batch.targets)
-            (loss_sum * self.loss_scale.scale / count).backward()
+            with self._at_work(micro_batch) as part:
+                loss_sum = self.model.loss_sum(**micro_batch.inputs, targets=micro_batch.targets, **part)
+                (loss_sum * self.loss_scale.scale / count).backward()
             total += loss_sum.detach()
-        dist.all_reduce(total)
-        return total / count
+        return self.mesh.sum_over_tokens(total) / count
+
+    @contextmanager
+    def _at_work(self, batch: Batch) -> Iterator[dict[str, Part]]:
+        """What the model is told, forward and backward, of its part of the sequences, if it has one."""
+        if self.context is None:
+            yield {}
+        else:
+            with self.context.at_work(batch.targets.shape[1]) as part:
+                yield {"part": part}
 
     def step(self, lr: float) -> Tensor:
         """Clip, update the weights and clear the gradients. Returns the global gradient norm before clipping, ().
 
         Where the norm is not finite, the update is skipped on every rank alike, without asking the host.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = global_norm(gradients) / self.loss_scale.scale
+        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = list(named.values())
+        add_partial([g for name, g in named.items() if self.cuts[name].partial], self.mesh.tp)
+        parts = defaultdict(list)
+        for name, gradient in named.items():
+            parts[self._holders[name]].append(gradient)
+        norm = global_norm(parts) / self.loss_scale.scale
         clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         scale(gradients, (clip / self.loss_scale.scale).to(gradients[0].dtype))
         overflow = (~norm.isfinite()).float()
@@ -124,7 +145,7 @@ class TorchEngine:
         """Even the load by the counts of the whole step, over all micro-batches and ranks."""
         counts = take_expert_counts(self.model)
         if counts is not None:
-            dist.all_reduce(counts)
+            self.mesh.sum_over_data(counts)
             update_balance(self.model, counts, applied.to(counts.device))
         self._expert_counts = counts
 
@@ -139,16 +160,22 @@ class TorchEngine:
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:
             batch = batch.to(self.device)
-            sums[0] += self.model.loss_sum(**batch.inputs, targets=batch.targets)
-            sums[1] += (batch.targets != IGNORE_INDEX).sum()
-        dist.all_reduce(sums)
+            with self._at_work(batch) as part:
+                sums[0] += self.model.loss_sum(**batch.inputs, targets=batch.targets, **part)
+            targets = batch.targets if not part else part["part"].of(batch.targets)
+            sums[1] += (targets != IGNORE_INDEX).sum()
+        loss, count = self.mesh.sum_over_tokens(sums)
         self.model.train()
-        return (sums[0] / sums[1]).item()
+        return (loss / count).item()
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers by name, to be saved, or to be loaded into in place."""
         self._reshard()
-        return {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return {f"model.{name}": self._whole(name, t) for name, t in self.model.state_dict().items()}
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        """What a parameter or its optimizer state is a shard of; a number or a buffer as it is."""
+        return view(tensor, self.cuts[name], self.mesh) if isinstance(tensor, DTensor) else tensor
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the training state by name: weights, optimizer, loss scale."""
@@ -158,7 +185,7 @@ class TorchEngine:
         for name, parameter in self.model.named_parameters():
             assert parameter in self.optimizer.state, name
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
+                tensors[f"optimizer.{name}.{key}"] = self._whole(name, value)
         return tensors | {f"loss_scale.{key}": value for key, value in self.loss_scale.state().items()}
 
     def _reshard(self) -> None:

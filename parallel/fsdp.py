@@ -15,8 +15,10 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from model.experts import Experts
 from model.model import Model
 from parallel.config import ParallelConfig, Precision
+from parallel.mesh import Mesh
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -37,11 +39,12 @@ def master_dtype(precision: Precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def shard(model: Model, mesh: DeviceMesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
+def shard(model: Model, mesh: Mesh, config: ParallelConfig, precision: Precision) -> ShardedModel:
     """Shard every layer, then what is left (embedding, last norm, head), in place.
 
-    Gradients are summed over the ranks, not averaged: the loss is already divided by the global number of
-    targets. Inputs are not cast: embeddings come out in the compute dtype, rotations stay in fp32.
+    Experts that ranks share out are sharded over those that have the same ones. Gradients are summed over the
+    ranks, not averaged: the loss is already divided by the global number of targets. Inputs are not cast:
+    embeddings come out in the compute dtype, rotations stay in fp32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPE[precision], reduce_dtype=master_dtype(precision), cast_forward_inputs=False
@@ -49,15 +52,19 @@ def shard(model: Model, mesh: DeviceMesh, config: ParallelConfig, precision: Pre
     offload = OffloadPolicy()
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    for layer in model.layers:
-        fully_shard(
-            layer,
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=config.reshard_after_forward,
+
+    def shard_over(over: DeviceMesh, module: nn.Module, reshard: bool | None = None) -> FSDPModule:
+        return fully_shard(
+            module, mesh=over, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard
         )
-    sharded = cast(ShardedModel, fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload))
+
+    dense = mesh.shards(mesh.dense)
+    for layer in model.layers:
+        for module in layer.modules():
+            if isinstance(module, Experts) and mesh.layout.ep > 1:
+                shard_over(mesh.shards(mesh.experts), module, config.reshard_after_forward)
+        shard_over(dense, layer, config.reshard_after_forward)
+    sharded = cast(ShardedModel, shard_over(dense, model))
     register_fsdp_forward_method(sharded, "loss_sum")
     for module in sharded.modules():
         if isinstance(module, FSDPModule):

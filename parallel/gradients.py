@@ -1,13 +1,11 @@
 """The global gradient norm and clipping, over shards of any meshes."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -15,23 +13,30 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: Mapping[tuple[dist.ProcessGroup, ...], Sequence[Tensor]]) -> Tensor:
     """The 2-norm over all elements of all gradients, each counted once; (), fp64, equal on all ranks.
 
-    One collective for each mesh dimension that shards, however many gradients there are.
+    gradients: by the groups whose ranks hold different parts of them, outermost last; one collective for each.
     """
-    groups: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        cut = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else (None, ())
-        groups[cut].append(local(gradient))
-    total = torch.zeros((), dtype=torch.float64, device=local(gradients[0]).device)
-    for (mesh, placements), shards in groups.items():
-        squares = torch.stack(torch._foreach_norm(shards)).double().square().sum()
-        for dim, placement in enumerate(placements):
-            if mesh is not None and placement.is_shard():
-                dist.all_reduce(squares, group=mesh.get_group(dim))
-        total += squares
+    total: Tensor | float = 0.0
+    for groups, parts in gradients.items():
+        squares = torch.stack(torch._foreach_norm([local(part) for part in parts])).double().square().sum()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        total = total + squares
+    assert isinstance(total, Tensor)
     return total.sqrt()
+
+
+def add_partial(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum, in place and at once, gradients of which the ranks have different parts."""
+    if group.size() == 1 or not gradients:
+        return
+    locals_ = [local(gradient) for gradient in gradients]
+    flat = torch.cat([gradient.flatten() for gradient in locals_])
+    dist.all_reduce(flat, group=group)
+    sums = flat.split([gradient.numel() for gradient in locals_])
+    torch._foreach_copy_([g.view(-1) for g in locals_], list(sums))
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:

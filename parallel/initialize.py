@@ -8,6 +8,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model.config import BaseModelConfig
 from model.initialize import initial_rows
 from model.weights import declared_weights
+from parallel.cut import Cuts, view
+from parallel.mesh import Mesh
 
 
 def place_buffers(model: nn.Module, device: torch.device) -> None:
@@ -18,7 +20,7 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def initialize_shards(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
+def initialize_shards(model: nn.Module, config: BaseModelConfig, cuts: Cuts, mesh: Mesh, seed: int) -> None:
     """Fill the local shard of every parameter in place, bit-equal to the same cut of the whole parameter.
 
     The values are a function of (seed, parameter name, index) alone; see `model.initialize`. Buffers, which
@@ -26,20 +28,18 @@ def initialize_shards(model: nn.Module, config: BaseModelConfig, seed: int) -> N
     """
     weights = declared_weights(model)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-        else:
-            local, shape, offset = parameter, tuple(parameter.shape), (0,) * parameter.dim()
-        if local.numel() == 0:
+        assert isinstance(parameter, DTensor), name
+        whole = view(parameter, cuts[name], mesh)
+        shape, offset = compute_local_shape_and_global_offset(
+            whole.shape, whole.device_mesh, whole.placements
+        )
+        if 0 in shape:
             continue
         rows = initial_rows(
-            name, weights[name], tuple(parameter.shape), config, seed, offset[0], offset[0] + shape[0]
+            name, weights[name], tuple(whole.shape), config, seed, offset[0], offset[0] + shape[0]
         )
-        for dim in range(1, parameter.dim()):
+        for dim in range(1, whole.dim()):
             rows = rows.narrow(dim, offset[dim], shape[dim])
-        local.copy_(rows)
+        whole.to_local().copy_(rows)
     for buffer in model.buffers():
         buffer.zero_()

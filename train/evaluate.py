@@ -1,7 +1,5 @@
 """How good a model is: its loss on the validation split."""
 
-import torch.distributed as dist
-
 from data.stream import validation_batches
 from parallel.engine import TorchEngine
 from train.config import Config
@@ -12,8 +10,8 @@ def validation_loss(engine: TorchEngine, config: Config) -> float:
     batches = validation_batches(
         config.data.path,
         config.data.micro_batch_size,
-        dist.get_rank(),
-        dist.get_world_size(),
+        engine.mesh.data_rank,
+        engine.layout.data_size,
         limit=config.evaluation.sequences,
         inputs=config.model.inputs,
     )

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from math import prod
 
 from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo, open_dataset
 from data.stream import SEEDS
@@ -10,7 +11,8 @@ from model.config import ModelConfig
 from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
-from parallel.layout import Layout, resolve_layout
+from parallel.fit import check_fit
+from parallel.layout import SIZES, Layout, resolve_layout
 from train.config import Config
 from train.config_file import Loaded
 from train.errors import ConfigError
@@ -66,6 +68,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_samples(config, dataset)
     _check_kernel(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
+    check_fit(layout, config.model, dataset.seq_len)
     _check_batch(config, layout)
     return Plan(config, sources, dataset, layout)
 
@@ -74,11 +77,12 @@ def wanted_world_size(config: Config) -> int:
     """The launcher's number of processes, or what the layout says, with one per GPU (one on a CPU) for -1."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    if config.parallel.dp_shard != -1:
-        return config.parallel.dp_replicate * config.parallel.dp_shard
+    sizes = {name: getattr(config.parallel, name) for name in SIZES}
+    if sizes["dp_shard"] != -1:
+        return prod(sizes.values())
     import torch  # only here: it takes seconds
 
-    return max(torch.cuda.device_count(), config.parallel.dp_replicate)
+    return max(torch.cuda.device_count(), prod(size for name, size in sizes.items() if name != "dp_shard"))
 
 
 def _check_inputs(config: Config, dataset: DatasetInfo) -> None:

@@ -10,7 +10,7 @@ from data.stream import TrainingStream
 from model.count import flops_per_token
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
-from parallel.mesh import make_mesh
+from parallel.mesh import Mesh
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
@@ -34,7 +34,7 @@ def run(plan: Plan, device: torch.device) -> int:
     first = dist.get_rank() == 0
     engine = make_engine(plan, device)
     stream = TrainingStream(
-        config.data, config.run.seed, dist.get_rank(), dist.get_world_size(), config.model.inputs
+        config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
     )
     start = _resume(folder, engine, stream)
     log.info("%s: %s", folder.path, repr(engine.model).partition("\n")[0].removeprefix("FSDP"))
@@ -75,8 +75,7 @@ def make_engine(plan: Plan, device: torch.device) -> TorchEngine:
         config.precision,
         config.activation_checkpoint,
         config.compile,
-        layout=plan.layout,
-        mesh=make_mesh(plan.layout, device.type),
+        mesh=Mesh(plan.layout, device.type),
         device=device,
         make_optimizer=lambda model: make_optimizer(model, config.optimizer),
         micro_batch_size=config.data.micro_batch_size,

@@ -3,7 +3,6 @@
 B batch, S tokens of the source, T of the target, D d_model, V vocabulary.
 """
 
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -32,9 +31,9 @@ class EncoderDecoder(Trunk):
         self.encoder = Encoder(config.encoder)
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
-        """The blocks of both."""
-        return [*self.encoder.blocks, *self.blocks]
+    def stacks(self) -> list[list[nn.Module]]:
+        """The blocks of each."""
+        return [list(self.encoder.blocks), list(self.blocks)]
 
     def forward(
         self,

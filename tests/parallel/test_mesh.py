@@ -17,7 +17,7 @@ def test_given_sizes_must_multiply_to_the_processes() -> None:
 
 
 def test_replicas_must_divide_the_processes() -> None:
-    with pytest.raises(LayoutError, match="parallel.dp_replicate=3 doesn't divide 4"):
+    with pytest.raises(LayoutError, match="parallel.dp_replicate=3 = 3 doesn't divide 4"):
         resolve_layout(ParallelConfig(dp_replicate=3), 4)
 
 

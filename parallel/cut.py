@@ -1,0 +1,118 @@
+"""What of each parameter a rank holds, and how the whole is put together again.
+
+A parameter is cut over tensor- or expert-parallel ranks first, which leaves each a smaller but ordinary parameter;
+FSDP2 then shards that. A `DTensor` view of the local shard says both, for initialization, norms and checkpoints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from model.weights import Sharding, Weight, declared_weights
+from parallel.collectives import share_of
+from parallel.mesh import Mesh
+
+DIM: dict[Sharding, int] = {
+    "column": 0,
+    "heads": 0,
+    "kv_heads": 0,
+    "per_head": 0,
+    "vocabulary": 0,
+    "row": 1,
+    "heads_in": 1,
+    "experts": 0,
+}
+"""The dimension that is cut; the other kinds of weights are whole on every rank."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is cut before FSDP2 shards it."""
+
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    dim: int | None = None
+    """The dimension that is cut; None: every rank has all of it."""
+    expert: bool = False
+    """Cut over expert-parallel ranks, and sharded by FSDP2 over those that hold the same experts."""
+    partial: bool = False
+    """Tensor-parallel ranks have different parts of the gradient, to be summed."""
+
+
+Cuts = Mapping[str, Cut]
+"""By parameter's name."""
+
+
+class Declared(NamedTuple):
+    """A parameter and what its component says of it."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's."""
+        return tuple(self.owner.get_parameter(self.attribute).shape)
+
+
+def declarations(model: nn.Module) -> list[Declared]:
+    """Every parameter, by its full name."""
+    found = []
+    for name, weight in declared_weights(model).items():
+        path, _, attribute = name.rpartition(".")
+        found.append(Declared(name, model.get_submodule(path), attribute, weight))
+    return found
+
+
+def keep_share(owner: nn.Module, name: str, dim: int, rank: int, ranks: int) -> None:
+    """Replace a parameter on the meta device by one of the rank's share of it."""
+    whole = owner.get_parameter(name)
+    start, stop = share_of(whole.shape[dim], rank, ranks)
+    setattr(owner, name, nn.Parameter(whole.narrow(dim, 0, stop - start).clone()))
+
+
+def view(shard: DTensor, cut: Cut, mesh: Mesh) -> DTensor:
+    """The whole tensor as a DTensor, of a parameter, its gradient or its optimizer state as FSDP2 has it.
+
+    It shares the local shard's memory, so that loading into it fills the shard.
+    """
+    over = "ep" if cut.expert and mesh.layout.ep > 1 else "tp"
+    names = _dimensions(mesh, over)
+    first: Placement = Replicate() if cut.dim is None else Shard(cut.dim)
+    device_mesh: DeviceMesh = (mesh.experts if over == "ep" else mesh.dense)[names]
+    return DTensor.from_local(
+        shard.to_local(),
+        device_mesh,
+        (first, *shard.placements),
+        run_check=False,
+        shape=torch.Size(cut.shape),
+        stride=_strides(cut.shape),
+    )
+
+
+def holders(shard: DTensor, cut: Cut, mesh: Mesh) -> tuple[dist.ProcessGroup, ...]:
+    """The groups whose ranks hold different parts of a parameter."""
+    whole = view(shard, cut, mesh)
+    groups = [
+        whole.device_mesh.get_group(dim)
+        for dim, placement in enumerate(whole.placements)
+        if placement.is_shard()
+    ]
+    return tuple(group for group in groups if group.size() > 1)
+
+
+def _dimensions(mesh: Mesh, over: str) -> tuple[str, ...]:
+    return (over, "fsdp") if mesh.layout.dp_replicate == 1 else (over, "dp_replicate", "fsdp")
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
