@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -100,17 +101,21 @@ class WorkerPool:
         """
         for pipe in self._pipes:
             pipe.send((function, args))
-        outcomes = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                succeeded, value = pipe.recv()
-            except EOFError:
-                succeeded, value = False, "the process ended"
-            if not succeeded:
-                self.close()
-                raise RuntimeError(f"rank {rank} of {self.size} failed: {value}")
-            outcomes.append(value)
-        return outcomes
+        outcomes: dict[int, Any] = {}
+        while len(outcomes) < self.size:
+            # in the order in which they come: others may wait for one that failed, for ever
+            waited = [pipe for rank, pipe in enumerate(self._pipes) if rank not in outcomes]
+            for pipe in wait(waited):
+                rank = self._pipes.index(pipe)
+                try:
+                    succeeded, value = self._pipes[rank].recv()
+                except EOFError:
+                    succeeded, value = False, "the process ended"
+                if not succeeded:
+                    self.close()
+                    raise RuntimeError(f"rank {rank} of {self.size} failed: {value}")
+                outcomes[rank] = value
+        return [outcomes[rank] for rank in range(self.size)]
 
     def close(self) -> None:
         """End the processes."""
@@ -124,6 +129,21 @@ class WorkerPool:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+class WorkerPools(dict[int, WorkerPool]):
+    """Pools by their size, each started when it is first asked for. Use as a context manager."""
+
+    def __missing__(self, size: int) -> WorkerPool:
+        self[size] = WorkerPool(size)
+        return self[size]
+
+    def __enter__(self) -> "WorkerPools":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for pool in self.values():
+            pool.close()
 
 
 def _serve(rank: int, size: int, store: str, threads: int, pipe: Any) -> None:

@@ -8,22 +8,14 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from parallel.processes import WorkerPool
+from parallel.processes import WorkerPool, WorkerPools
 
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, WorkerPool]]:
     """Pools of 1, 2 and 4 gloo processes, started when first asked for."""
-    started = _Pools()
-    yield started
-    for pool in started.values():
-        pool.close()
-
-
-class _Pools(dict[int, WorkerPool]):
-    def __missing__(self, size: int) -> WorkerPool:
-        self[size] = WorkerPool(size)
-        return self[size]
+    with WorkerPools() as started:
+        yield started
 
 
 SENTENCES = (
