@@ -104,9 +104,8 @@ class WorkerPool:
         outcomes: dict[int, Any] = {}
         while len(outcomes) < self.size:
             # in the order in which they come: others may wait for one that failed, for ever
-            waited = [pipe for rank, pipe in enumerate(self._pipes) if rank not in outcomes]
-            for pipe in wait(waited):
-                rank = self._pipes.index(pipe)
+            waited = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in outcomes}
+            for rank in [waited[pipe] for pipe in wait(list(waited))]:  # type: ignore[index]
                 try:
                     succeeded, value = self._pipes[rank].recv()
                 except EOFError:

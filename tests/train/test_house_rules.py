@@ -69,7 +69,18 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["prepare", "train", "generate", "evaluate", "plot", "export", "import", "config show", "config list"],
+    [
+        "prepare",
+        "train",
+        "verify",
+        "generate",
+        "evaluate",
+        "plot",
+        "export",
+        "import",
+        "config show",
+        "config list",
+    ],
 )
 def test_every_command_shows_an_example(command: str) -> None:
     code = "import sys; from train.cli import app; app(sys.argv[1:])"

@@ -2,7 +2,7 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, plot, prepare, train
+from train.cli import config, convert, evaluate, generate, plot, prepare, train, verify
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
 app.command()(prepare.prepare)
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(verify.verify)
 app.command()(evaluate.evaluate)
 app.command()(plot.plot)
 app.command("export")(convert.export_)

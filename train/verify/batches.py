@@ -57,9 +57,7 @@ class Batches:
         """(B, length), random."""
         size = (length,)
         rows = [
-            torch.randint(
-                known(self.model.vocab_size), size, generator=self._generator(f"{column}/{sample}")
-            )
+            torch.randint(known(self.model.vocab_size), size, generator=self._generator(f"{column}/{sample}"))
             for sample in ids.tolist()
         ]
         return torch.stack(rows)

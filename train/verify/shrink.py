@@ -54,7 +54,7 @@ def shrink(model: BaseModelConfig, worlds: Collection[int]) -> BaseModelConfig:
     changed["max_seq_len"] = -(-SEQ_LEN // every) * every
     changed["d_model"] = min(model.d_model, D_MODEL)
     if isinstance(model, ModelConfig):
-        changed |= _transformer(model, _sizes(worlds)) | {key: 0.0 for key in OFF}
+        changed |= _transformer(model, _sizes(worlds)) | dict.fromkeys(OFF, 0.0)
     # activations keep their scale, lest attention be even and every place alike
     changed["init_std"] = model.init_std * sqrt(model.d_model / changed["d_model"])
     return type(model).model_validate(nest({key: (value, "") for key, value in (values | changed).items()}))
@@ -64,7 +64,9 @@ def describe_changes(before: BaseModelConfig, after: BaseModelConfig) -> str:
     """What shrinking changed, in one line."""
     old, new = _values(before), _values(after)
     changes = [
-        f"{key} {_short(old.get(key))} -> {_short(value)}" for key, value in new.items() if old.get(key) != value
+        f"{key} {_short(old.get(key))} -> {_short(value)}"
+        for key, value in new.items()
+        if old.get(key) != value
     ]
     return ", ".join(changes) or "nothing"
 

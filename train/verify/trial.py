@@ -17,6 +17,7 @@ from model.build import build_model
 from model.config import BaseModelConfig
 from model.initialize import initialize
 from model.loss import IGNORE_INDEX
+from model.model import Model
 from model.moe import take_expert_counts, update_balance
 from parallel.config import CompileConfig, Precision
 from parallel.engine import TorchEngine
@@ -83,7 +84,7 @@ class Trial:
 class _LossSum(nn.Module):
     """A model whose forward is its loss."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -132,7 +133,9 @@ def try_arrangement(experiment: Experiment, arrangement: Arrangement, expected: 
         return str(error)
     initial = load_file(experiment.folder / INITIAL)
     weights = {name: _whole(tensor) for name, tensor in engine.weights().items()}
-    initial_equal = all(name in initial and torch.equal(tensor, initial[name]) for name, tensor in weights.items())
+    initial_equal = all(
+        name in initial and torch.equal(tensor, initial[name]) for name, tensor in weights.items()
+    )
     halfway = (experiment.steps + 1) // 2
     curve, ids = Curve([], []), []
     ids += _train(engine, experiment, range(halfway), curve)
@@ -174,7 +177,9 @@ def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) ->
     )
 
 
-def _train(engine: TorchEngine, experiment: Experiment, steps: Iterable[int], curve: Curve) -> list[list[int]]:
+def _train(
+    engine: TorchEngine, experiment: Experiment, steps: Iterable[int], curve: Curve
+) -> list[list[int]]:
     """Add to the curve; returns the ids of the sequences of each step."""
     ids = []
     for step in steps:
@@ -208,7 +213,7 @@ def _go_on_elsewhere(
 
 
 def _weights_apart(engine: TorchEngine, experiment: Experiment) -> float:
-    """The largest difference of any tensor, by its largest element, or by a step of the optimizer where none is larger."""
+    """The largest difference, by a tensor's largest element, or an optimizer's step where none is as large."""
     expected = load_file(experiment.folder / FINAL)
     apart = []
     for name, tensor in engine.weights().items():

@@ -1,6 +1,5 @@
 """What was found of a layout, and whether that is right."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from parallel.config import Precision
@@ -37,9 +36,9 @@ class Finding:
     """Why."""
     error: str | None = None
     """The traceback."""
-    initial_equal: bool = False
+    initial: bool = False
     """Whether all weights were the reference's at first, to the last bit."""
-    order_equal: bool = False
+    order: bool = False
     """Whether the ranks were given the reference's batches, in their order, and none of it twice."""
     differences: Differences | None = None
 
@@ -50,7 +49,7 @@ class Finding:
         if self.differences is None:
             return ["error"]
         found, most = vars(self.differences), vars(BOUNDS[precision])
-        checks = {"initial_equal": self.initial_equal, "order_equal": self.order_equal}
+        checks = {"initial": self.initial, "order": self.order}
         checks |= {name: found[name] <= most[name] for name in found}
         return [name for name, right in checks.items() if not right]
 
@@ -61,8 +60,8 @@ def judge(name: str, trials: list[Trial], weights: frozenset[str], order: list[l
     worst = {field.name: max(getattr(trial, field.name) for trial in trials) for field in fields(Differences)}
     return Finding(
         name,
-        initial_equal=everywhere == weights and all(trial.initial_equal for trial in trials),
-        order_equal=_order_equal(trials, order),
+        initial=everywhere == weights and all(trial.initial_equal for trial in trials),
+        order=_order_equal(trials, order),
         differences=Differences(**worst),
     )
 

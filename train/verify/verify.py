@@ -1,14 +1,27 @@
 """A run in one process, then at every layout."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file
 
+from parallel.config import Precision
 from parallel.errors import LayoutError
 from parallel.processes import WorkerPools
 from train.verify.arrangements import Arrangement
+from train.verify.plan import Plan
 from train.verify.trial import INITIAL, Experiment, run_reference, try_arrangement
 from train.verify.verdict import Finding, judge
+
+
+def verify_plan(plan: Plan, precision: Precision, steps: int) -> Iterator[Finding]:
+    """What is found of each arrangement, as it is found, with processes and a folder of its own."""
+    with TemporaryDirectory(prefix="trireme-verify-") as folder, WorkerPools() as pools:
+        experiment = Experiment(
+            plan.model, plan.optimizer, precision, plan.seed, steps, plan.global_batch_size, Path(folder)
+        )
+        yield from verify(experiment, plan.arrangements, pools)
 
 
 def verify(
