@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from model.config import ModelConfig
 from model.models import parse_model
+from parallel.config import Precision
 from parallel.errors import LayoutError
 from parallel.fit import check_fit
 from parallel.processes import WorkerPools
@@ -31,11 +32,13 @@ from train.verify.verify import verify
 STEPS = 3
 
 
-def findings(pools: WorkerPools, folder: Path, config: str, *layouts: str) -> list[Finding]:
+def findings(
+    pools: WorkerPools, folder: Path, config: str, *layouts: str, precision: Precision = "fp64"
+) -> list[Finding]:
     """What is found of a configuration at layouts."""
     plan = make_plan(config, [], layouts, "2", STEPS)
     experiment = Experiment(
-        plan.model, plan.optimizer, "fp64", plan.seed, STEPS, plan.global_batch_size, folder
+        plan.model, plan.optimizer, precision, plan.seed, STEPS, plan.global_batch_size, folder
     )
     return list(verify(experiment, plan.arrangements, pools))
 
@@ -76,6 +79,7 @@ def faulty(pools: WorkerPools) -> Iterator[Callable[[Callable[[], Any]], None]]:
     pools[2].run(planted.pull_out)
 
 
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
 @pytest.mark.parametrize(("fault", "layout", "red"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
 def test_finds_a_planted_fault(
     pools: WorkerPools,
@@ -84,11 +88,12 @@ def test_finds_a_planted_fault(
     fault: Callable[[], Any],
     layout: str,
     red: set[str],
+    precision: Precision,
 ) -> None:
     faulty(fault)
-    (finding,) = findings(pools, tmp_path, "modern", layout)
+    (finding,) = findings(pools, tmp_path, "modern", layout, precision=precision)
     assert finding.error is None
-    assert red <= set(finding.wrong("fp64")), finding
+    assert red <= set(finding.wrong(precision)), finding
 
 
 def test_a_layout_that_ends_in_an_error_is_told_and_the_next_one_tried(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from parallel.config import CompileConfig, Precision
 from parallel.engine import TorchEngine
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE, master_dtype
-from parallel.mesh import Mesh
+from parallel.mesh import mesh_of
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import OptimizerConfig
@@ -168,7 +168,7 @@ def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) ->
         experiment.precision,
         arrangement.activation_checkpoint,
         CompileConfig(),
-        mesh=Mesh(arrangement.layout, "cpu"),
+        mesh=mesh_of(arrangement.layout, "cpu"),
         device=torch.device("cpu"),
         make_optimizer=lambda model: make_optimizer(model, experiment.optimizer),
         micro_batch_size=arrangement.micro_batch(experiment.global_batch_size),
