@@ -1,4 +1,4 @@
-"""Recipes and the large preset have the sizes that their papers and documents state, and those of the reference systems learn."""
+"""Recipes, and the large preset, have the sizes that their documents state; those of the reference systems learn."""
 
 import math
 from pathlib import Path
