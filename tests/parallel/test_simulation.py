@@ -116,7 +116,8 @@ def check_places(mesh: Mesh, rank: int, sizes: Sizes) -> None:
         return [rank_at(place | dict(zip(names, at, strict=True)), sizes) for at in places]
 
     groups = {("tp",): mesh.tp, ("pp",): mesh.pp, ("dp_shard", "cp"): mesh.dense.get_group("fsdp")}
-    groups[("dp_replicate",)] = mesh.dense.get_group("dp_replicate")
+    if sizes.get("dp_replicate", 1) > 1:
+        groups[("dp_replicate",)] = mesh.dense.get_group("dp_replicate")
     if sizes.get("cp", 1) > 1:
         groups |= {("cp",): mesh.cp, ("dp_replicate", "dp_shard"): mesh.sequences.get_group("data")}
     for names, group in groups.items():
