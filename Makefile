@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-quick lint bench-quick
+.PHONY: demo test test-quick lint bench-quick bench-initialize
 
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -36,3 +36,6 @@ test-quick: $(VENV)/.installed
 
 bench-quick: $(VENV)/.installed
 	python -m benchmarks.quick
+
+bench-initialize: $(VENV)/.installed
+	python -m benchmarks.initialize

@@ -31,6 +31,8 @@ class LaidOut:
 
     roots: list[ShardedModel]
     """The model, or the pipeline stages that this rank has of it."""
+    models: list[Model]
+    """The model itself, without the stage around it, of each root."""
     cuts: Cuts
 
 
@@ -44,17 +46,39 @@ def lay_out(
     context: Context | None,
     seed: int,
 ) -> LaidOut:
-    """Build, lay out and initialize. The order matters:
+    """Build and shard a model, then allocate and fill only the local shards.
+
+    Raises LayoutError where what is asked for needs blocks, and the model has none.
+    """
+    laid_out = build_shards(
+        model_config, parallel, precision, activation_checkpoint, compilation, mesh, context
+    )
+    for model in laid_out.models:
+        model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
+        place_buffers(model, torch.device(mesh.device_type))
+        initialize_shards(model, model_config, laid_out.cuts, mesh, seed)
+    return laid_out
+
+
+def build_shards(
+    model_config: BaseModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compilation: CompileConfig,
+    mesh: Mesh,
+    context: Context | None,
+) -> LaidOut:
+    """Build and shard a model, all on the meta device. The order matters:
 
     1. build on the meta device, so that no rank ever holds a whole model;
     2. leave out what other stages have;
     3. cut what a rank has of every weight, so that all that follows sees a smaller model;
     4. activation checkpointing innermost, so that what is compiled contains the recomputation;
     5. compile block by block, inside of sharding, whose hooks can't be compiled;
-    6. shard, then allocate and fill only the local shards.
-
-    Raises LayoutError where what is asked for needs blocks, and the model has none.
+    6. shard.
     """
+    models: list[Model] = []
     roots: list[ShardedModel] = []
     cuts: dict[str, Cut] = {}
     for number in stages_of(mesh.pp_rank, parallel.pp, parallel.num_stages, parallel.pp_schedule):
@@ -73,11 +97,9 @@ def lay_out(
         if compilation.enabled:
             for layer in model.layers:
                 layer.compile()
+        models.append(model)
         roots.append(shard(model.layers, root, mesh, parallel, precision))
-        model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
-        place_buffers(model, torch.device(mesh.device_type))
-        initialize_shards(model, model_config, cuts, mesh, seed)
-    return LaidOut(roots, cuts)
+    return LaidOut(roots, models, cuts)
 
 
 def _stage(model: Model, parallel: ParallelConfig, index: int, context: Context | None) -> Stage:

@@ -1,7 +1,10 @@
 """Which layers a pipeline's stages have. Light to import: it is checked before anything starts."""
 
+from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import inf
+from operator import add
 from typing import Literal
 
 from model.config import ModelConfig, known
@@ -25,7 +28,7 @@ def stages_of(rank: int, ranks: int, stages: int, schedule: Schedule) -> list[in
 
 
 def split_layers(config: ModelConfig, seq_len: int, stages: int) -> list[range]:
-    """The layers of each stage, one or more, so that the slowest is as fast as can be.
+    """The layers of each stage, one or more, so that the slowest is as fast as can be, and the others alike.
 
     Layers weigh what they compute; the embedding counts with the first, and the head with the last.
     """
@@ -43,16 +46,36 @@ def split_layers(config: ModelConfig, seq_len: int, stages: int) -> list[range]:
 
 
 def _fairest(weights: tuple[float, ...], parts: int) -> tuple[int, ...]:
-    """Where each of so many consecutive parts starts, the heaviest as light as can be, early ones filled first."""
+    """Where each of so many consecutive parts starts: the heaviest as light as can be, then all as equal as can be."""
+    before = list(accumulate(weights, initial=0.0))
+
+    def weight(start: int, stop: int) -> float:
+        return before[stop] - before[start]
+
+    heaviest, _ = _best(len(weights), parts, weight, max)
+
+    def square(start: int, stop: int) -> float:
+        return weight(start, stop) ** 2 if weight(start, stop) <= heaviest else inf
+
+    return _best(len(weights), parts, square, add)[1]
+
+
+def _best(
+    size: int,
+    parts: int,
+    cost: Callable[[int, int], float],
+    together: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The least that so many consecutive parts, none empty, cost together, and where each starts."""
 
     @cache
     def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
         if left == 1:
-            return sum(weights[start:]), (start,)
+            return cost(start, size), (start,)
         options = []
-        for stop in range(start + 1, len(weights) - left + 2):
-            heaviest, starts = best(stop, left - 1)
-            options.append((max(sum(weights[start:stop]), heaviest), (start, *starts)))
+        for stop in range(start + 1, size - left + 2):
+            rest, starts = best(stop, left - 1)
+            options.append((together(cost(start, stop), rest), (start, *starts)))
         return min(options)
 
-    return best(0, parts)[1]
+    return best(0, parts)

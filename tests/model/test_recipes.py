@@ -1,4 +1,4 @@
-"""The recipes have the sizes that their papers and documents state, and those of the reference systems learn."""
+"""Recipes, and the large preset, have the sizes that their documents state; those of the reference systems learn."""
 
 import math
 from pathlib import Path
@@ -17,6 +17,7 @@ from train.config_file import load_config
 PUBLISHED = {
     "gpt2": "124",
     "llama3": "8030",
+    "70b": "70554",
     "qwen3": "596",
     "mistral": "7242",
     "mixtral": "46703",
