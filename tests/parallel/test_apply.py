@@ -27,4 +27,5 @@ def test_without_blocks(
             cast(Mesh, None),
             None,
             seed=0,
+            micro_batch=(1, 8),
         )
