@@ -46,6 +46,7 @@ def generate(config: Config, model: BaseModelConfig, parallel: ParallelConfig) -
             mesh,
             None,
             config.run.seed,
+            (config.data.micro_batch_size, model.max_seq_len),
         )
         seconds = time.perf_counter() - began
         parameters = [p for stage in laid_out.models for p in stage.parameters()]

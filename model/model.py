@@ -39,6 +39,13 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
 
+    def example(self, batch: int, length: int) -> dict[str, Tensor]:
+        """What loss_sum takes beside targets (batch, length), of the right shapes, for who measures a step.
+
+        For models whose inputs are not tokens alone, to be overridden.
+        """
+        return {"tokens": torch.zeros(batch, length, dtype=torch.int64)}
+
     @property
     def stacks(self) -> list[list[nn.Module]]:
         """The blocks, in runs through each of which one sequence of tokens goes; none where a model has no `blocks`."""

@@ -3,26 +3,21 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from model.build import build_model
 from model.config import BaseModelConfig
 from model.model import Model
-from model.positions import Positions
-from model.transformer import Trunk
-from parallel.activation_checkpoint import checkpoint_activations
-from parallel.collectives import share
+from parallel.activation_budget import Budgeted, budgeted
+from parallel.activation_checkpoint import checkpoint_activations, recompute_by_name
+from parallel.activation_memory import measure
+from parallel.build import Blueprint
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
-from parallel.context import Context, share_sequences
-from parallel.cut import Cut, Cuts
+from parallel.context import Context
+from parallel.cut import Cut
 from parallel.errors import LayoutError
-from parallel.expert import share_experts
-from parallel.fsdp import ShardedModel, master_dtype, shard
+from parallel.fsdp import COMPUTE_DTYPE, ShardedModel, master_dtype, shard
 from parallel.initialize import initialize_shards, place_buffers
 from parallel.mesh import Mesh
-from parallel.pipeline import Stage
-from parallel.stages import split_layers, stages_of
-from parallel.tensor import share_out
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,9 @@ class LaidOut:
     """The model, or the pipeline stages that this rank has of it."""
     models: list[Model]
     """The model itself, without the stage around it, of each root."""
-    cuts: Cuts
+    cuts: dict[str, Cut]
+    budgeted: Budgeted | None
+    """How blocks recompute where a budget decides that."""
 
 
 def lay_out(
@@ -45,13 +42,15 @@ def lay_out(
     mesh: Mesh,
     context: Context | None,
     seed: int,
+    micro_batch: tuple[int, int],
 ) -> LaidOut:
-    """Build and shard a model, then allocate and fill only the local shards.
+    """Build and shard a model, then allocate and fill only the local shards; micro-batches are (B, T), whole sequences.
 
-    Raises LayoutError where what is asked for needs blocks, and the model has none.
+    Raises LayoutError where what is asked for needs blocks, and the model has none, and where activations can't be
+    kept within their budget.
     """
     laid_out = build_shards(
-        model_config, parallel, precision, activation_checkpoint, compilation, mesh, context
+        model_config, parallel, precision, activation_checkpoint, compilation, mesh, context, micro_batch
     )
     for model in laid_out.models:
         model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device_type)
@@ -68,6 +67,7 @@ def build_shards(
     compilation: CompileConfig,
     mesh: Mesh,
     context: Context | None,
+    micro_batch: tuple[int, int],
 ) -> LaidOut:
     """Build and shard a model, all on the meta device. The order matters:
 
@@ -78,54 +78,32 @@ def build_shards(
     5. compile block by block, inside of sharding, whose hooks can't be compiled;
     6. shard.
     """
-    models: list[Model] = []
-    roots: list[ShardedModel] = []
-    cuts: dict[str, Cut] = {}
-    for number in stages_of(mesh.pp_rank, parallel.pp, parallel.num_stages, parallel.pp_schedule):
-        with torch.device("meta"):
-            model = build_model(model_config).to(master_dtype(precision))
-            if not model.layers and (compilation.enabled or activation_checkpoint.mode != "none"):
-                raise LayoutError(
-                    f"model.type={model_config.type} has no blocks, which are what compile and "
-                    f"activation_checkpoint take: leave both out"
-                )
-            root: nn.Module = model
-            if parallel.num_stages > 1:
-                root = _stage(model, parallel, number, context)
-            cuts |= _share_work(model, parallel, mesh, context)
-        checkpoint_activations(model, activation_checkpoint)
+    if compilation.enabled or activation_checkpoint.mode != "none":
+        _check_blocks(model_config)
+    blueprint = Blueprint(model_config, parallel, mesh, context)
+    by_budget: Budgeted | None = None
+    if activation_checkpoint.memory_budget is not None:
+        kept = measure(blueprint, COMPUTE_DTYPE[precision], micro_batch)
+        by_budget = budgeted(kept, activation_checkpoint.memory_budget)
+    recompute = recompute_by_name(activation_checkpoint) if by_budget is None else by_budget.recompute
+    laid_out = LaidOut([], [], {}, by_budget)
+    for stage in blueprint.stages:
+        built = blueprint.build(stage, master_dtype(precision))
+        checkpoint_activations(built.model, recompute)
         if compilation.enabled:
-            for layer in model.layers:
+            for layer in built.model.layers:
                 layer.compile()
-        models.append(model)
-        roots.append(shard(model.layers, root, mesh, parallel, precision))
-    return LaidOut(roots, models, cuts)
+        laid_out.roots.append(shard(built.model.layers, built.root, mesh, parallel, precision))
+        laid_out.models.append(built.model)
+        laid_out.cuts.update(built.cuts)
+    return laid_out
 
 
-def _stage(model: Model, parallel: ParallelConfig, index: int, context: Context | None) -> Stage:
-    assert isinstance(model, Trunk)
-    layers = split_layers(model.config, model.config.max_seq_len, parallel.num_stages)
-    return Stage(model, index, layers[index], is_last=index == parallel.num_stages - 1, context=context)
-
-
-def _share_work(
-    model: Model, parallel: ParallelConfig, mesh: Mesh, context: Context | None
-) -> dict[str, Cut]:
-    """Cut sequences, weights and experts; nothing of it where the dimension has one rank."""
-    if context is not None:
-        share_sequences(model, context)
-    cuts = share_out(model, mesh.tp, sequence_parallel=parallel.sequence_parallel)
-    if mesh.layout.ep > 1:
-        share_experts(model, cuts, mesh.ep)
-    for module in model.modules():
-        if isinstance(module, Positions):
-            _share_heads(module, mesh)
-    return cuts
-
-
-def _share_heads(positions: Positions, mesh: Mesh) -> None:
-    """A bias on the scores is made for the heads that this rank has."""
-    start, stop = share(len(positions.heads), mesh.tp)
-    positions.heads, positions.first_row = range(start, stop), start
-    start, stop = share(len(positions.heads), mesh.cp) if mesh.layout.cp > 1 else (0, stop - start)
-    positions.part_heads = positions.heads[start:stop]
+def _check_blocks(config: BaseModelConfig) -> None:
+    with torch.device("meta"):
+        has_blocks = bool(build_model(config).layers)
+    if not has_blocks:
+        raise LayoutError(
+            f"model.type={config.type} has no blocks, which are what compile and activation_checkpoint take: "
+            f"leave both out"
+        )

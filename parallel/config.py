@@ -1,9 +1,10 @@
 """The `parallel`, `activation_checkpoint` and `compile` sections of a run's configuration."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from parallel.sizes import parse_bytes
 from parallel.stages import MANY_STAGES, Schedule
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -70,10 +71,29 @@ class ActivationCheckpointConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    mode: Literal["none", "full", "every_nth"] = "none"
-    """`none`: keep all; `full`: recompute every block; `every_nth`: recompute one block in `n`."""
+    mode: Literal["none", "selective", "full", "every_nth", "auto"] = "none"
+    """`none`: keep all; `selective`: keep what matrix products, attention and collectives made, and recompute the
+    rest; `full`: recompute every block; `every_nth`: recompute one block in `n`; `auto`: as little as
+    `memory_budget` allows, block by block."""
     n: int = Field(2, ge=1)
-    """With `every_nth`: one block in this many is recomputed."""
+    """With `every_nth`: one block in this many, by its number in the whole model, is recomputed."""
+    memory_budget: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)] | None = None
+    """With `auto`: what a rank's blocks may keep of one micro-batch for the backward, such as `20GB`. In a pipeline
+    a rank keeps it for each micro-batch that is under way: up to parallel.pp of them, and with gpipe all of a step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ActivationCheckpointConfig":
+        if (self.mode == "auto") == (self.memory_budget is not None):
+            return self
+        if self.mode == "auto":
+            raise ValueError(
+                "activation_checkpoint.mode=auto must know how much a rank may keep: set "
+                "activation_checkpoint.memory_budget, 20GB for example"
+            )
+        raise ValueError(
+            f"activation_checkpoint.memory_budget={self.memory_budget} has no effect with "
+            f"activation_checkpoint.mode={self.mode}: leave it out, or use activation_checkpoint.mode=auto"
+        )
 
 
 class CompileConfig(BaseModel):

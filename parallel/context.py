@@ -45,6 +45,16 @@ class Context:
         return x if self.part is None else join(x, self.part.length, self.group)
 
 
+@contextmanager
+def at_work(context: Context | None, length: int) -> Iterator[dict[str, Part]]:
+    """What the model is told, forward and backward, of its part of sequences of `length`, if it has one."""
+    if context is None:
+        yield {}
+    else:
+        with context.at_work(length) as part:
+            yield {"part": part}
+
+
 def share_sequences(model: Model, context: Context) -> None:
     """Let the model work on parts of sequences."""
     for module in model.modules():

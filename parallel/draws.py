@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.twin import is_twin
+
 
 class OwnDraws:
     """From one module's entrance to another's exit, in training, a rank's draws are its own.
@@ -24,7 +26,7 @@ class OwnDraws:
         last.register_forward_hook(self._end)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not module.training:
+        if not module.training or is_twin(args[0]):
             return
         seed = int(torch.randint(2**62, ()))
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None

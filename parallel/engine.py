@@ -44,6 +44,7 @@ class TorchEngine:
         device: torch.device,
         make_optimizer: MakeOptimizer,
         micro_batch_size: int,
+        seq_len: int,
         max_grad_norm: float,
         seed: int,
     ) -> None:
@@ -54,9 +55,18 @@ class TorchEngine:
         self.max_grad_norm = max_grad_norm
         context = Context(mesh.cp) if mesh.layout.cp > 1 else None
         laid_out = lay_out(
-            model_config, parallel, precision, activation_checkpoint, compilation, mesh, context, seed
+            model_config,
+            parallel,
+            precision,
+            activation_checkpoint,
+            compilation,
+            mesh,
+            context,
+            seed,
+            micro_batch=(micro_batch_size, seq_len),
         )
         self.cuts = laid_out.cuts
+        self.budgeted = laid_out.budgeted
         self.model: nn.Module
         self.passes: Whole | Pipeline
         if parallel.num_stages == 1:

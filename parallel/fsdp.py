@@ -1,7 +1,7 @@
 """FSDP2: weights, gradients and optimizer state sharded over the data-parallel ranks."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
 from model.experts import Experts
 from parallel.config import ParallelConfig, Precision
@@ -66,6 +67,7 @@ def shard(
         for module in layer.modules():
             if isinstance(module, Experts) and mesh.layout.ep > 1:
                 shard_over(mesh.shards(mesh.experts), module, reshard)
+                _hide_hooks(module)
         shard_over(dense, layer, reshard)
     sharded = cast(ShardedModel, shard_over(dense, root))
     if hasattr(root, "loss_sum"):
@@ -76,3 +78,22 @@ def shard(
             # gloo has no pre-multiplied sum, by which FSDP2 would otherwise divide by 1
             module.set_force_sum_reduction_for_comms(True)
     return sharded
+
+
+def _hide_hooks(module: nn.Module) -> None:
+    """Don't let the block around a sharded module see its weights being gathered.
+
+    They are gathered otherwise when the block is recomputed, which selective checkpointing takes for a block that
+    computes something else than before.
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in hooks.items():
+            hooks[number] = _unseen(hook)
+
+
+def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return hook(*args, **kwargs)
+
+    return run

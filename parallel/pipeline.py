@@ -4,8 +4,7 @@ Schedules: GPipe (Huang et al. 2019), 1F1B and interleaved 1F1B (Narayanan et al
 B batch, T sequence, D d_model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from model.positions import Positions
 from model.transformer import Trunk
 from parallel.batch import Batch
 from parallel.config import ParallelConfig
-from parallel.context import Context
+from parallel.context import Context, at_work
 from parallel.gradients import local
 from parallel.stages import MANY_STAGES, Schedule, rank_of
 
@@ -74,6 +73,12 @@ class Stage(nn.Module):
             return hidden.states
         scored = (targets != IGNORE_INDEX).sum(dim=1)
         return _AddLoss.apply(hidden.states, auxiliary_sum(hidden.routings, scored), self.weight)
+
+    def activation(self, length: int) -> tuple[int, int]:
+        """T and D of what goes from stage to stage of sequences of `length`."""
+        if self.context is not None and self.context.part is not None:
+            length = self.context.part.stop - self.context.part.start
+        return length + self.model.prefix_length, self.model.config.d_model
 
 
 class _AddLoss(torch.autograd.Function):
@@ -139,9 +144,9 @@ class Pipeline:
             stage.weight = weight
         self._sums.clear()
         targets = batch.targets
-        with self._at_work(targets):
+        with at_work(self.context, targets.shape[1]):
             count = len(targets) // self.micro_batch_size
-            shape = (count, self.micro_batch_size, *self._activation(targets))
+            shape = (count, self.micro_batch_size, *self.stages[0].activation(targets.shape[1]))
             if shape not in self._made:
                 self._made[shape] = self._make(*shape)
             step: Callable[..., Any] = self._made[shape].step
@@ -152,8 +157,8 @@ class Pipeline:
     def loss_sum(self, batch: Batch) -> Tensor:
         """The sum of a micro-batch's losses, (), on the last stage's rank, and 0 on the others."""
         self._sums.clear()
-        with self._at_work(batch.targets):
-            shape = (len(batch.targets), *self._activation(batch.targets))
+        with at_work(self.context, batch.targets.shape[1]):
+            shape = (len(batch.targets), *self.stages[0].activation(batch.targets.shape[1]))
             for index in range(self.num_stages):
                 self._evaluate(index, batch, shape)
         return self._total()
@@ -199,22 +204,6 @@ class Pipeline:
 
     def _total(self) -> Tensor:
         return torch.stack([torch.zeros((), device=self.device, dtype=torch.float64), *self._sums]).sum()
-
-    @contextmanager
-    def _at_work(self, targets: Tensor) -> Iterator[None]:
-        if self.context is None:
-            yield
-        else:
-            with self.context.at_work(targets.shape[1]):
-                yield
-
-    def _activation(self, targets: Tensor) -> tuple[int, int]:
-        """T and D between stages."""
-        length = targets.shape[1]
-        if self.context is not None and self.context.part is not None:
-            length = self.context.part.stop - self.context.part.start
-        model = self.stages[0].model
-        return length + model.prefix_length, model.config.d_model
 
     def _make(self, count: int, *activation: int) -> Any:
         """The schedule of so many micro-batches with activations of this shape."""

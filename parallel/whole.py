@@ -1,14 +1,10 @@
 """The passes of a model that each rank has all layers of."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-from model.part import Part
 from parallel.batch import Batch
-from parallel.context import Context
+from parallel.context import Context, at_work
 from parallel.fsdp import ShardedModel
 
 
@@ -33,7 +29,7 @@ class Whole:
             self.model.set_requires_gradient_sync(last or self.reduce_each)
             # replicas are summed once, after the last
             self.model.set_requires_all_reduce(last)
-            with self._at_work(micro_batch) as part:
+            with at_work(self.context, micro_batch.targets.shape[1]) as part:
                 loss_sum = self.model.loss_sum(**micro_batch.inputs, targets=micro_batch.targets, **part)
                 (loss_sum * weight).backward()
             total += loss_sum.detach()
@@ -41,18 +37,9 @@ class Whole:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The sum of a micro-batch's losses, ()."""
-        with self._at_work(batch) as part:
+        with at_work(self.context, batch.targets.shape[1]) as part:
             return self.model.loss_sum(**batch.inputs, targets=batch.targets, **part)
 
     def of_all_layers(self, counts: Tensor | None) -> Tensor | None:
         """What is said of each layer with experts, (L, ...), None without experts."""
         return counts
-
-    @contextmanager
-    def _at_work(self, batch: Batch) -> Iterator[dict[str, Part]]:
-        """What the model is told, forward and backward, of its part of the sequences, if it has one."""
-        if self.context is None:
-            yield {}
-        else:
-            with self.context.at_work(batch.targets.shape[1]) as part:
-                yield {"part": part}

@@ -48,6 +48,8 @@ def run(plan: Plan, device: torch.device) -> int:
         f"{plan.tokens_per_step:,}",
         f"from step {start + 1} to {plan.total_steps or 'the end of its time'}",
     )
+    if engine.budgeted is not None:
+        log.info("recomputation: %s", engine.budgeted)
     if first:
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
@@ -81,6 +83,7 @@ def make_engine(plan: Plan, device: torch.device) -> TorchEngine:
         device=device,
         make_optimizer=lambda model: make_optimizer(model, config.optimizer),
         micro_batch_size=config.data.micro_batch_size,
+        seq_len=plan.dataset.seq_len,
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.run.seed,
     )

@@ -3,6 +3,7 @@
 B batch, S tokens of the source, T of the target, D d_model, V vocabulary.
 """
 
+import torch
 from torch import Tensor, nn
 
 from model.cache import KeyValueCache
@@ -66,6 +67,10 @@ class EncoderDecoder(Trunk):
     ) -> Tensor:
         """Sum of the losses over targets (B, T) that are not IGNORE_INDEX; see Transformer.loss_sum."""
         return self._loss_sum(self._decode(source, tokens, source_padding, padding), targets)
+
+    def example(self, batch: int, length: int) -> dict[str, Tensor]:
+        source = torch.zeros(batch, self.config.memory_len, dtype=torch.int64)
+        return super().example(batch, length) | {"source": source, "source_padding": source.bool()}
 
     def make_cache(self, capacity: int) -> "DecoderCache":
         """For generating: room for so many tokens of the target in each row."""

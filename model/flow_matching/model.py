@@ -64,6 +64,9 @@ class FlowMatching(Trunk):
             between = torch.lerp(start, self.embed(data), t.to(start.dtype)[:, None, None])
         return self._enter(between, prefix=self.time(t))
 
+    def example(self, batch: int, length: int) -> dict[str, Tensor]:
+        return {"seeds": torch.zeros(batch, dtype=torch.int64)}
+
     def draw(self, seeds: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Times (B,) fp64 and noise (B, length) int64, by sequence."""
         noise = integers(seeds, length, self.embedding.num_embeddings)

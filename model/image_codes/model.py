@@ -64,6 +64,10 @@ class ImageCodes(Trunk):
         embeddings = self._embed(tokens if part is None else part.of(tokens), classes)
         return self._enter(embeddings, 0 if part is None else part.start)
 
+    def example(self, batch: int, length: int) -> dict[str, Tensor]:
+        classes = {} if self.classes is None else {"classes": torch.zeros(batch, dtype=torch.int64)}
+        return super().example(batch, length) | classes
+
     def generate(
         self,
         start: Tensor,

@@ -83,6 +83,7 @@ def make_engine(
         device=torch.device("cpu"),
         make_optimizer=optimizer,
         micro_batch_size=micro,
+        seq_len=SEQ_LEN,
         max_grad_norm=CLIP,
         seed=3,
     )

@@ -27,6 +27,7 @@ def refusal(recompute: dict[str, Any], compilation: dict[str, Any]) -> str:
             mesh_of(Layout(), "cpu"),
             None,
             seed=0,
+            micro_batch=(1, 8),
         )
     except LayoutError as error:
         return str(error)

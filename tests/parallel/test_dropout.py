@@ -55,10 +55,11 @@ def test_other_tokens_other_draws(pools: dict[int, WorkerPool], layout: dict[str
 
 
 @pytest.mark.parametrize("layout", [{"dp_shard": 2}, {"tp": 2}, {"cp": 2}])
+@pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputed_activations_draw_the_same_again(
-    pools: dict[int, WorkerPool], layout: dict[str, int]
+    pools: dict[int, WorkerPool], layout: dict[str, int], mode: str
 ) -> None:
-    for rank in pools[2].run(kept, layout, {"activation_checkpoint": {"mode": "full"}}):
+    for rank in pools[2].run(kept, layout, {"activation_checkpoint": {"mode": mode}}):
         inner = [mask for shape, mask in rank if len(mask) > 1]
         # of two micro-batches: the embedding's once, each block's again in the backward
         assert len({str(mask) for mask in inner}) < len(inner)

@@ -30,7 +30,7 @@ def shards_of(config: ModelConfig, rank: int, tp: int, fsdp: int) -> dict[str, T
         parallel = ParallelConfig(tp=tp)
         mesh = Mesh(resolve_layout(parallel, tp * fsdp), "cpu")
         plain = ActivationCheckpointConfig(), CompileConfig()
-        (model,) = lay_out(config, parallel, "fp32", *plain, mesh, None, seed=5).models
+        (model,) = lay_out(config, parallel, "fp32", *plain, mesh, None, seed=5, micro_batch=(1, 8)).models
         return {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
 
 

@@ -135,7 +135,7 @@ def check_rank(rank: int, sizes: Sizes) -> None:
         check_places(mesh, rank, sizes)
         context = Context(mesh.cp) if layout.cp > 1 else None
         plain = ActivationCheckpointConfig(), CompileConfig()
-        built = build_shards(preset(), parallel, "bf16", *plain, mesh, context)
+        built = build_shards(preset(), parallel, "bf16", *plain, mesh, context, (1, 8192))
         (model,) = built.models
         assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated"
         shapes = {name: tuple(local(parameter).shape) for name, parameter in model.named_parameters()}

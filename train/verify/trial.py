@@ -172,6 +172,7 @@ def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) ->
         device=torch.device("cpu"),
         make_optimizer=lambda model: make_optimizer(model, experiment.optimizer),
         micro_batch_size=arrangement.micro_batch(experiment.global_batch_size),
+        seq_len=experiment.model.max_seq_len,
         max_grad_norm=experiment.optimizer.max_grad_norm,
         seed=seed,
     )
