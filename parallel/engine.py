@@ -128,7 +128,7 @@ class TorchEngine:
         if counts is not None:
             self.mesh.sum_over_data(counts)
             update_balance(self.model, counts, applied.to(counts.device))
-        self._expert_counts = counts
+        self._expert_counts = self.passes.of_all_layers(counts)
 
     def expert_statistics(self) -> ExpertStatistics | None:
         """The experts' load in the last step, on the device, equal on all ranks; None without experts."""

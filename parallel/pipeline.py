@@ -158,6 +158,23 @@ class Pipeline:
                 self._evaluate(index, batch, shape)
         return self._total()
 
+    def of_all_layers(self, counts: Tensor | None) -> Tensor | None:
+        """What each stage's ranks say of its layers with experts, (L, ...), put together."""
+        config = self.stages[0].model.config
+        if config.moe is None:
+            return None
+        mine = [
+            place
+            for place, layer in enumerate(config.moe_layers)
+            if any(str(layer) in stage.model.blocks._modules for stage in self.stages)
+        ]
+        shape = (len(config.moe_layers), 2, config.moe.num_experts)
+        whole = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        if counts is not None:
+            whole[mine] = counts
+        dist.all_reduce(whole, group=self.group)
+        return whole
+
     def _evaluate(self, index: int, batch: Batch, shape: tuple[int, ...]) -> None:
         stage = next((stage for stage in self.stages if stage.index == index), None)
         if stage is None:

@@ -44,6 +44,10 @@ class Whole:
         with self._at_work(batch) as part:
             return self.model.loss_sum(**batch.inputs, targets=batch.targets, **part)
 
+    def of_all_layers(self, counts: Tensor | None) -> Tensor | None:
+        """What is said of each layer with experts, (L, ...), None without experts."""
+        return counts
+
     @contextmanager
     def _at_work(self, batch: Batch) -> Iterator[dict[str, Part]]:
         """What the model is told, forward and backward, of its part of the sequences, if it has one."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -79,13 +80,19 @@ def make_engine(
         precision,  # type: ignore[arg-type]
         ActivationCheckpointConfig(**checkpointing),
         CompileConfig(enabled=compiled),
-        mesh=Mesh(Layout(**layout), "cpu"),
+        mesh=mesh_of(Layout(**layout)),
         device=torch.device("cpu"),
         make_optimizer=optimizer,
         micro_batch_size=micro,
         max_grad_norm=CLIP,
         seed=3,
     )
+
+
+@cache
+def mesh_of(layout: Layout) -> Mesh:
+    """Made once in a process, since every group of ranks has threads of its own."""
+    return Mesh(layout, "cpu")
 
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

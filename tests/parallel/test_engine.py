@@ -19,12 +19,15 @@ from tests.parallel.parity import (
     train,
 )
 
-MOE = {"num_experts": 5, "d_ff": 20, "load_balance_loss": 0.1, "router_z_loss": 0.01}
+MOE = {"num_experts": 6, "d_ff": 20, "load_balance_loss": 0.1, "router_z_loss": 0.01}
 LAST_LAYER = {
     "moe": MOE | {"first_layer": 1, "capacity_factor": 1.0, "num_shared_experts": 1},
     "parallel_layers": True,
 }
-BIASED = {"moe": MOE | {"router": "sigmoid", "balance": "bias", "bias_rate": 0.01}, "ffn": {"bias": True}}
+BIASED: dict[str, Any] = {
+    "moe": MOE | {"router": "sigmoid", "balance": "bias", "bias_rate": 0.01},
+    "ffn": {"bias": True},
+}
 
 LAYOUTS = [
     (1, 1, 8, {}, {}),
@@ -56,10 +59,10 @@ def test_layout_computes_the_run_of_one_process(
     assert losses[-1] < 0.8 * losses[0]
 
 
-def balance_after_three_steps(dp_shard: int, micro: int) -> Any:
+def balance_after_three_steps(layout: dict[str, int], micro: int, parallel: dict[str, Any]) -> Any:
     """Runs in every worker: the experts' load in the last step, and the biases that came of all three."""
-    settings = {"activation_checkpoint": {"mode": "full"}}
-    engine = make_engine({"dp_shard": dp_shard}, micro, "fp64", settings, BIASED)
+    settings = {"activation_checkpoint": {"mode": "full"}} | parallel
+    engine = make_engine(layout, micro, "fp64", settings, BIASED | {"num_layers": 4})
     for step in range(3):
         engine.forward_backward(share_of(engine, step), step)
         engine.step(LR)
@@ -69,12 +72,29 @@ def balance_after_three_steps(dp_shard: int, micro: int) -> Any:
     return statistics.load.tolist(), statistics.dropped.tolist(), biases
 
 
-def test_experts_are_balanced_by_the_whole_step(pools: dict[int, WorkerPool]) -> None:
-    (expected,) = pools[1].run(balance_after_three_steps, 1, 8)
-    load, dropped, biases = expected
-    assert [sum(layer) for layer in load] == pytest.approx([1.0, 1.0]) and dropped == [0.0, 0.0]
-    assert len(biases) == 2 and all(any(bias) for bias in biases.values())
-    assert pools[2].run(balance_after_three_steps, 2, 1) == [expected, expected]
+@pytest.mark.parametrize(
+    ("layout", "micro", "parallel"),
+    [
+        ({"dp_shard": 2}, 1, {}),
+        ({"tp": 2}, 4, {}),
+        ({"cp": 2}, 8, {}),
+        ({"dp_shard": 2, "ep": 2}, 2, {}),
+        ({"pp": 2}, 2, {"pp_schedule": "interleaved_1f1b"}),
+    ],
+)
+def test_experts_are_balanced_by_the_whole_step(
+    pools: dict[int, WorkerPool], layout: dict[str, int], micro: int, parallel: dict[str, Any]
+) -> None:
+    ((load, dropped, biases),) = pools[1].run(balance_after_three_steps, {}, 8, {})
+    assert [sum(layer) for layer in load] == pytest.approx([1.0] * 4) and dropped == [0.0] * 4
+    assert len(biases) == 4 and all(any(bias) for bias in biases.values())
+    everywhere = {}
+    for rank_load, rank_dropped, rank_biases in pools[2].run(
+        balance_after_three_steps, layout, micro, parallel
+    ):
+        assert (rank_load, rank_dropped) == (load, dropped)
+        everywhere |= rank_biases
+    assert everywhere == biases
 
 
 # Measured here over these 20 steps: fp32 4e-6, bf16 and fp16 at most 2e-2 of the loss.

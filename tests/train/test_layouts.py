@@ -14,12 +14,14 @@ STAGES = [
     (2, ["parallel.cp=2"]),
     (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
     (2, ["parallel.ep=2"]),
+    (2, ["parallel.pp=2"]),
     (4, ["parallel.tp=4", "parallel.sequence_parallel=false"]),
     (1, []),
 ]
 """Processes and layout of every two steps."""
 
 
+@pytest.mark.slow
 def test_moves_from_layout_to_layout(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
     model = ["model.moe.num_experts=4", "model.moe.balance=bias", "model.positional.encoding=relative"]
     common = [f"run.dir={tmp_path}", "precision=fp64", "evaluation.every_steps=2", *model]
