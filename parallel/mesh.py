@@ -1,6 +1,6 @@
 """The device mesh: which rank stands where in each dimension of the layout."""
 
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ class Mesh:
 
     @cached_property
     def _alone(self) -> dist.ProcessGroup:
-        """This rank by itself."""
+        """This rank by itself, for dimensions of one."""
         return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     @property
@@ -114,3 +114,13 @@ class Mesh:
         group = self._group(mesh, name)
         if group.size() > 1:
             dist.all_reduce(numbers, group=group)
+
+
+def mesh_of(layout: Layout, device_type: str) -> Mesh:
+    """The mesh of a layout, made once in a process for as long as its group lives: every group has threads."""
+    return _made(dist.group.WORLD, layout, device_type)
+
+
+@cache
+def _made(world: dist.ProcessGroup, layout: Layout, device_type: str) -> Mesh:
+    return Mesh(layout, device_type)

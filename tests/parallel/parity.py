@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from model.moe import take_expert_counts, update_balance
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.engine import TorchEngine
 from parallel.layout import Layout
-from parallel.mesh import Mesh
+from parallel.mesh import mesh_of
 
 MODEL = {
     "vocab_size": 67,
@@ -80,19 +79,13 @@ def make_engine(
         precision,  # type: ignore[arg-type]
         ActivationCheckpointConfig(**checkpointing),
         CompileConfig(enabled=compiled),
-        mesh=mesh_of(Layout(**layout)),
+        mesh=mesh_of(Layout(**layout), "cpu"),
         device=torch.device("cpu"),
         make_optimizer=optimizer,
         micro_batch_size=micro,
         max_grad_norm=CLIP,
         seed=3,
     )
-
-
-@cache
-def mesh_of(layout: Layout) -> Mesh:
-    """Made once in a process, since every group of ranks has threads of its own."""
-    return Mesh(layout, "cpu")
 
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from parallel.apply import lay_out
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.mesh import mesh_of
 from parallel.processes import WorkerPool
 from tests.model.bigram import PLACE, BigramConfig
-from tests.parallel.parity import mesh_of
 
 
 def refusal(recompute: dict[str, Any], compilation: dict[str, Any]) -> str:
@@ -24,7 +24,7 @@ def refusal(recompute: dict[str, Any], compilation: dict[str, Any]) -> str:
             "fp32",
             ActivationCheckpointConfig(**recompute),
             CompileConfig(**compilation),
-            mesh_of(Layout()),
+            mesh_of(Layout(), "cpu"),
             None,
             seed=0,
         )
