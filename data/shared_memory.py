@@ -20,9 +20,11 @@ _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 def choosing_names() -> Iterator[None]:
     """Keep this user's other processes on this node from choosing or removing segments meanwhile.
 
-    Within it nobody may wait for another process, on which all runs of the user would wait.
+    Within it nobody may wait for another process, on which all runs of the user would wait. The lock is beside the
+    segments, since jobs on one node may have folders of their own for temporary files.
     """
-    lock = Path(tempfile.gettempdir()) / f"trireme-{os.getuid()}-shared-memory.lock"
+    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    lock = folder / f"trireme-{os.getuid()}-shared-memory.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed, or the process ends
         yield

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from model.weights import Sharding, Weight, declared_weights
 from parallel.collectives import share_of
@@ -85,14 +84,14 @@ def view(shard: DTensor, cut: Cut, mesh: Mesh) -> DTensor:
 
     It shares the local shard's memory, so that loading into it fills the shard.
     """
-    over = "ep" if cut.expert and mesh.layout.ep > 1 else "tp"
-    names = _dimensions(mesh, over)
-    first: Placement = Replicate() if cut.dim is None else Shard(cut.dim)
-    device_mesh: DeviceMesh = (mesh.experts if over == "ep" else mesh.dense)[names]
+    cut_over = {"ep" if cut.expert else "tp": Replicate() if cut.dim is None else Shard(cut.dim)}
+    whole = mesh.experts if cut.expert else mesh.dense
+    names = tuple(name for name in whole.mesh_dim_names or () if name in (*cut_over, "dp_replicate", "fsdp"))
+    cuts = [cut_over[name] for name in names if name in cut_over]
     return DTensor.from_local(
         shard.to_local(),
-        device_mesh,
-        (first, *shard.placements),
+        whole[names],
+        (*cuts, *shard.placements),
         run_check=False,
         shape=torch.Size(cut.shape),
         stride=_strides(cut.shape),
@@ -108,10 +107,6 @@ def holders(shard: DTensor, cut: Cut, mesh: Mesh) -> tuple[dist.ProcessGroup, ..
         if placement.is_shard()
     ]
     return tuple(group for group in groups if group.size() > 1)
-
-
-def _dimensions(mesh: Mesh, over: str) -> tuple[str, ...]:
-    return (over, "fsdp") if mesh.layout.dp_replicate == 1 else (over, "dp_replicate", "fsdp")
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The device mesh: which rank stands where in each dimension of the layout."""
 
+from functools import cache, cached_property
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,38 +23,51 @@ class Mesh:
         self._ranks = torch.arange(layout.world_size).view([getattr(layout, name) for name in SIZES])
         fsdp = self._ranks.flatten(2, 3)  # pp, dp_replicate, fsdp, tp
         self.dense = self._make(fsdp.permute(0, 3, 1, 2), "pp", "tp", "dp_replicate", "fsdp")
-        shares = fsdp.unflatten(2, (-1, layout.ep))  # pp, dp_replicate, fsdp, ep, tp
         self.experts = self.dense
         if layout.ep > 1:
-            order = shares.permute(0, 4, 3, 1, 2)
-            self.experts = self._make(order, "pp", "tp", "ep", "dp_replicate", "fsdp")
+            shares = fsdp.unflatten(2, (-1, layout.ep))  # pp, dp_replicate, fsdp, ep, tp
+            self.experts = self._make(shares.permute(0, 4, 3, 1, 2), "pp", "tp", "ep", "dp_replicate", "fsdp")
         self.sequences = self.dense
         if layout.cp > 1:
             order = self._ranks.flatten(1, 2).permute(0, 3, 1, 2)
             self.sequences = self._make(order, "pp", "tp", "data", "cp")
 
     def _make(self, ranks: torch.Tensor, *names: str) -> DeviceMesh:
-        return DeviceMesh(self.device_type, ranks.contiguous(), mesh_dim_names=names)
+        """A mesh of the dimensions that have several ranks, and `fsdp`, over which FSDP2 may shard by one."""
+        kept = [
+            (name, size) for name, size in zip(names, ranks.shape, strict=True) if size > 1 or name == "fsdp"
+        ]
+        shape = [size for _, size in kept]
+        mesh = ranks.reshape(shape).contiguous()
+        return DeviceMesh(self.device_type, mesh, mesh_dim_names=tuple(name for name, _ in kept))
+
+    def _group(self, mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
+        return mesh.get_group(name) if name in (mesh.mesh_dim_names or ()) else self._alone
+
+    @cached_property
+    def _alone(self) -> dist.ProcessGroup:
+        """This rank by itself, for dimensions of one."""
+        return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     @property
     def tp(self) -> dist.ProcessGroup:
         """Ranks that hold different parts of the same weights, for the same tokens."""
-        return self.dense.get_group("tp")
+        return self._group(self.dense, "tp")
 
     @property
     def pp(self) -> dist.ProcessGroup:
         """Ranks that hold different layers."""
-        return self.dense.get_group("pp")
+        return self._group(self.dense, "pp")
 
     @property
     def cp(self) -> dist.ProcessGroup:
         """Ranks that hold different parts of the same sequences."""
-        return self.sequences.get_group("cp")
+        return self._group(self.sequences, "cp")
 
     @property
     def ep(self) -> dist.ProcessGroup:
         """Ranks that hold different experts."""
-        return self.experts.get_group("ep")
+        return self._group(self.experts, "ep")
 
     @property
     def data_rank(self) -> int:
@@ -96,6 +111,16 @@ class Mesh:
         return self.sum_over_tokens(numbers)
 
     def _add(self, numbers: torch.Tensor, mesh: DeviceMesh, name: str) -> None:
-        group = mesh.get_group(name)
+        group = self._group(mesh, name)
         if group.size() > 1:
             dist.all_reduce(numbers, group=group)
+
+
+def mesh_of(layout: Layout, device_type: str) -> Mesh:
+    """The mesh of a layout, made once in a process for as long as its group lives: every group has threads."""
+    return _made(dist.group.WORLD, layout, device_type)
+
+
+@cache
+def _made(world: dist.ProcessGroup, layout: Layout, device_type: str) -> Mesh:
+    return Mesh(layout, device_type)

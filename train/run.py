@@ -11,7 +11,7 @@ from model.build import build_model
 from model.count import flops_per_token
 from parallel.engine import TorchEngine
 from parallel.hardware import peak_flops
-from parallel.mesh import Mesh
+from parallel.mesh import mesh_of
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
@@ -79,7 +79,7 @@ def make_engine(plan: Plan, device: torch.device) -> TorchEngine:
         config.precision,
         config.activation_checkpoint,
         config.compile,
-        mesh=Mesh(plan.layout, device.type),
+        mesh=mesh_of(plan.layout, device.type),
         device=device,
         make_optimizer=lambda model: make_optimizer(model, config.optimizer),
         micro_batch_size=config.data.micro_batch_size,

@@ -15,7 +15,7 @@ from model.moe import take_expert_counts, update_balance
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.engine import TorchEngine
 from parallel.layout import Layout
-from parallel.mesh import Mesh
+from parallel.mesh import mesh_of
 
 MODEL = {
     "vocab_size": 67,
@@ -79,7 +79,7 @@ def make_engine(
         precision,  # type: ignore[arg-type]
         ActivationCheckpointConfig(**checkpointing),
         CompileConfig(enabled=compiled),
-        mesh=Mesh(Layout(**layout), "cpu"),
+        mesh=mesh_of(Layout(**layout), "cpu"),
         device=torch.device("cpu"),
         make_optimizer=optimizer,
         micro_batch_size=micro,

@@ -24,7 +24,13 @@ STAGES = [
 @pytest.mark.slow
 def test_moves_from_layout_to_layout(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
     model = ["model.moe.num_experts=4", "model.moe.balance=bias", "model.positional.encoding=relative"]
-    common = [f"run.dir={tmp_path}", "precision=fp64", "evaluation.every_steps=2", *model]
+    common = [
+        f"run.dir={tmp_path}",
+        "precision=fp64",
+        "evaluation.every_steps=2",
+        "evaluation.sequences=4",
+        *model,
+    ]
     pools[1].run(train_here, tiny_config, [*common, "run.name=one", f"run.steps={2 * len(STAGES)}"])
     for number, (world, layout) in enumerate(STAGES, start=1):
         steps = f"run.steps={2 * number}"
