@@ -33,7 +33,7 @@ from parallel.config import ActivationCheckpointConfig, ParallelConfig
 from parallel.errors import LayoutError
 from parallel.kept_operators import ATTENTION, MATRIX_PRODUCTS, aten, keeps
 from parallel.layout import Layout
-from parallel.mesh import Mesh
+from parallel.mesh import mesh_of
 from parallel.pipeline import Stage
 from parallel.processes import WorkerPool
 from tests.parallel.parity import make_engine, merged
@@ -69,7 +69,7 @@ def make(settings: dict[str, Any]) -> Model:
 
 def on_twin(settings: dict[str, Any], batch: int = BATCH) -> KeptBytes:
     """Runs in a worker: what is measured before anything is allocated."""
-    blueprint = Blueprint(parse_model(merged(SHAPE, settings)), ParallelConfig(), Mesh(Layout(), "cpu"), None)
+    blueprint = Blueprint(parse_model(merged(SHAPE, settings)), ParallelConfig(), mesh_of(Layout(), "cpu"), None)
     return measure(blueprint, torch.float32, (batch, LENGTH))
 
 
