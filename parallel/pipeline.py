@@ -245,19 +245,31 @@ class SharedParameters:
             return
         everyones: list[list[str]] = [[] for _ in range(group.size())]
         dist.all_gather_object(everyones, list(names), group=group)
-        made: dict[tuple[int, ...], Any] = {}
-        for name in sorted(names):
-            owners = tuple(rank for rank, theirs in enumerate(everyones) if name in theirs)
-            if len(owners) == 1:
-                continue
-            if owners not in made:
-                ranks = [dist.get_global_rank(group, owner) for owner in owners]
-                made[owners] = dist.new_group(ranks, use_local_synchronization=True)
-            self._groups[name] = made[owners]
-            if owners[0] != group.rank():
-                self.counted_elsewhere.add(name)
+        owners = {
+            name: tuple(
+                dist.get_global_rank(group, rank) for rank, theirs in enumerate(everyones) if name in theirs
+            )
+            for name in names
+        }
+        made = _make_groups({ranks for ranks in owners.values() if len(ranks) > 1})
+        for name in sorted(owners):
+            if owners[name] in made:
+                self._groups[name] = made[owners[name]]
+                if owners[name][0] != dist.get_rank():
+                    self.counted_elsewhere.add(name)
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         """Sum, in place, the gradients of shared parameters over the ranks that have them."""
         for name, group in self._groups.items():
             dist.all_reduce(local(gradients[name]), group=group)
+
+
+def _make_groups(wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """The groups of global ranks that any rank wants, of which it is one.
+
+    All ranks make all of them: torch names one that its ranks make alone by how many each of these has already.
+    """
+    everyones: list[set[tuple[int, ...]]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, wanted)
+    made = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*everyones))}
+    return {ranks: made[ranks] for ranks in wanted}

@@ -221,3 +221,12 @@ def test_the_command_fails_where_a_layout_does(
 def test_all_layouts_of_two_processes(config: str) -> None:
     done = CliRunner().invoke(app, ["verify", config, "--world", "2"])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
+def test_layouts_follow_each_other_whatever_groups_their_ranks_made(
+    pools: WorkerPools, tmp_path: Path
+) -> None:
+    """Of a pipeline's ranks the first and the last alone share an embedding, in a group of their own."""
+    for finding in findings(pools, tmp_path, "modern", "pp=4", "tp=2,pp=2", "pp=4"):
+        assert finding.error is None and finding.wrong("fp64") == [], finding
