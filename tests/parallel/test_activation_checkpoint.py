@@ -69,7 +69,9 @@ def make(settings: dict[str, Any]) -> Model:
 
 def on_twin(settings: dict[str, Any], batch: int = BATCH) -> KeptBytes:
     """Runs in a worker: what is measured before anything is allocated."""
-    blueprint = Blueprint(parse_model(merged(SHAPE, settings)), ParallelConfig(), mesh_of(Layout(), "cpu"), None)
+    blueprint = Blueprint(
+        parse_model(merged(SHAPE, settings)), ParallelConfig(), mesh_of(Layout(), "cpu"), None
+    )
     return measure(blueprint, torch.float32, (batch, LENGTH))
 
 
