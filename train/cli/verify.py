@@ -50,16 +50,18 @@ def verify(
 
     plan = make_plan(config, overrides or [], layouts or ["all"], world, steps)
     # in a pipe or a file there is no width to keep to
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"{config}: {plan.model.type}, made small: {plan.changes}")
     console.print(
         f"{dtype}, {steps} steps of {plan.global_batch_size} sequences, seed {plan.seed}, against one process"
     )
     from train.verify.verify import verify_plan
 
-    table = Table(
-        "layout", "initial weights", "loss", "gradient norm", "weights", "data order", "resumed elsewhere", ""
-    )
+    table = Table()
+    table.add_column("layout", no_wrap=True)
+    for name in ("initial weights", "loss", "gradient norm", "weights", "data order", "resumed elsewhere"):
+        table.add_column(name)
+    table.add_column("", overflow="fold")
     findings: list[Finding] = []
     with Live(table, console=console):
         for finding in verify_plan(plan, dtype.value, steps):
@@ -70,7 +72,7 @@ def verify(
             console.print(f"{finding.name}: {finding.error}", markup=False)
     failed = sum(bool(finding.wrong(dtype.value)) for finding in findings)
     refused = sum(finding.refused is not None for finding in findings)
-    console.print(f"{len(findings) - failed - refused} passed, {failed} failed, {refused} refused")
+    console.print(f"\n{len(findings) - failed - refused} passed, {failed} failed, {refused} refused")
     if failed:
         raise typer.Exit(1)
 
