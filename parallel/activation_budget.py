@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from parallel.activation_checkpoint import Recompute
 from parallel.activation_memory import KeptBytes
-from parallel.errors import LayoutError
+from parallel.fit import too_small
 from parallel.sizes import format_bytes
 
 
@@ -24,11 +24,7 @@ def choose(kept: KeptBytes, budget: int) -> dict[str, Recompute]:
     """
     smallest = total(kept, dict.fromkeys(kept, "full"))
     if smallest > budget:
-        raise LayoutError(
-            f"activation_checkpoint.memory_budget={format_bytes(budget)} is less than what blocks keep of one "
-            f"micro-batch if all recompute: set at least {format_bytes(smallest)}, or use a smaller "
-            f"data.micro_batch_size or more of parallel.cp, parallel.tp or parallel.pp"
-        )
+        raise too_small(budget, smallest)
     chosen: dict[str, Recompute] = dict.fromkeys(kept, "selective")
     _change(chosen, kept, kept, "full", budget)
     lighter = [name for name in kept if chosen[name] == "selective"]

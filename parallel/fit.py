@@ -3,10 +3,15 @@
 from collections.abc import Callable
 
 from model.config import BaseModelConfig, ModelConfig, known
-from parallel.config import ParallelConfig
+from model.encoder_decoder.config import EncoderDecoderConfig
+from parallel.config import ParallelConfig, Precision
 from parallel.errors import LayoutError
 from parallel.layout import Layout
+from parallel.sizes import format_bytes
 from parallel.stages import MANY_STAGES
+
+BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a number in an activation."""
 
 HAS_STAGES = ("transformer", "flow_matching", "image_codes")
 """Models whose layers are in one row."""
@@ -81,6 +86,39 @@ def check_micro_batches(parallel: ParallelConfig, count: int) -> None:
     raise LayoutError(
         f"parallel.pp_schedule={parallel.pp_schedule} over parallel.pp={parallel.pp} ranks can't do {count} "
         f"micro-batch(es) a step: make it {wanted} by data.global_batch_size or data.micro_batch_size"
+    )
+
+
+def check_budget(
+    layout: Layout,
+    parallel: ParallelConfig,
+    precision: Precision,
+    model: BaseModelConfig,
+    budget: int | None,
+    micro_batch: tuple[int, int],
+) -> None:
+    """Raises LayoutError where no recomputation can keep the blocks' activations of (B, T) within a budget in bytes.
+
+    A block that recomputes all still keeps its input. What experts keep beyond that is measured later.
+    """
+    if budget is None or not isinstance(model, ModelConfig):
+        return
+    batch, length = micro_batch
+    tokens = model.num_layers * length
+    if isinstance(model, EncoderDecoderConfig):
+        tokens += model.encoder.num_layers * model.memory_len
+    ranks = layout.pp * layout.cp * (layout.tp if parallel.sequence_parallel else 1)
+    smallest = batch * -(-tokens // ranks) * model.d_model * BYTES[precision]
+    if smallest > budget:
+        raise too_small(budget, smallest)
+
+
+def too_small(budget: int, smallest: int) -> LayoutError:
+    """What is said of a budget for activations that even full recomputation can't keep to; both in bytes."""
+    return LayoutError(
+        f"activation_checkpoint.memory_budget={format_bytes(budget)} is less than what blocks keep of one "
+        f"micro-batch if all recompute: set at least {format_bytes(smallest)}, or use a smaller "
+        f"data.micro_batch_size or more of parallel.cp, parallel.tp or parallel.pp"
     )
 
 

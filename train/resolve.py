@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_fit, check_micro_batches
+from parallel.fit import check_budget, check_fit, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
 from train.config import Config
 from train.config_file import Loaded
@@ -69,6 +69,9 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_kernel(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
     check_fit(layout, config.parallel, config.model, dataset.seq_len)
+    budget, micro_batch = config.activation_checkpoint.memory_budget, config.data.micro_batch_size
+    shape = micro_batch, dataset.seq_len
+    check_budget(layout, config.parallel, config.precision, config.model, budget, shape)
     _check_batch(config, layout)
     return Plan(config, sources, dataset, layout)
 

@@ -1,6 +1,7 @@
 """Blocks that recompute: what they keep, that they compute the same, and what a budget makes of them."""
 
 import functools
+import gc
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -31,12 +32,13 @@ from parallel.activation_memory import KeptBytes, measure, measure_layers
 from parallel.build import Blueprint
 from parallel.config import ActivationCheckpointConfig, ParallelConfig
 from parallel.errors import LayoutError
+from parallel.fit import check_budget
 from parallel.kept_operators import ATTENTION, MATRIX_PRODUCTS, aten, keeps
 from parallel.layout import Layout
 from parallel.mesh import mesh_of
 from parallel.pipeline import Stage
 from parallel.processes import WorkerPool
-from tests.parallel.parity import make_engine, merged
+from tests.parallel.parity import MODEL, make_engine, merged
 
 SHAPE = {
     "vocab_size": 67,
@@ -99,6 +101,7 @@ def test_what_is_measured_is_what_memory_grows_by(
     x = torch.randn(16, LENGTH, 64, requires_grad=True)
     model.middle(x)
     checkpoint_activations(model, lambda _: recompute)
+    gc.collect()  # lest the memory of others is handed back meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         hidden = model.middle(x)
     assert profiled.profiler is not None
@@ -213,6 +216,15 @@ def test_early_layers_recompute_first() -> None:
     assert list(choose({"blocks.0": layer, "blocks.1": layer}, 60).values()) == ["full", "selective"]
 
 
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"cp": 2}, {"pp": 2}])
+def test_what_no_recomputation_saves_is_known_beforehand(
+    pools: dict[int, WorkerPool], layout: dict[str, int]
+) -> None:
+    (said, _) = pools[2].run(what_it_comes_to, layout, 1, {})
+    with pytest.raises(LayoutError, match=re.escape(said)):
+        check_budget(Layout(**layout), ParallelConfig(**layout), "fp64", parse_model(MODEL), 1, (2, 12))
+
+
 def what_it_comes_to(layout: dict[str, int], budget: int, model: dict[str, Any]) -> str:
     """Runs in every worker."""
     settings = {"activation_checkpoint": {"mode": "auto", "memory_budget": budget}}
@@ -238,6 +250,9 @@ def test_a_budget_below_the_least_is_refused(pools: dict[int, WorkerPool]) -> No
         message.startswith("activation_checkpoint.memory_budget=9KB is less than")
         and "at least 9.22KB" in message
     )
+    with pytest.raises(LayoutError, match=re.escape(message)):  # before any process is started
+        check_budget(Layout(), ParallelConfig(), "fp64", parse_model(MODEL), 9_000, (2, 12))
+    check_budget(Layout(), ParallelConfig(), "fp64", parse_model(MODEL), 9_216, (2, 12))
     (fits,) = pools[1].run(what_it_comes_to, {}, 9_220, {})
     assert fits == "blocks.0-1 full; 9.22KB kept of a micro-batch"
 
