@@ -1,4 +1,4 @@
-"""Every layout computes the run that one process computes: same initial weights, losses and gradient norms."""
+"""What the engine does besides computing the same run in every layout: balance, lower precision, overflow."""
 
 from typing import Any
 
@@ -9,8 +9,6 @@ import torch.distributed as dist
 from parallel.processes import WorkerPool
 from tests.parallel.parity import (
     LR,
-    TokenBatch,
-    compare,
     digests,
     global_batch,
     make_engine,
@@ -20,43 +18,10 @@ from tests.parallel.parity import (
 )
 
 MOE = {"num_experts": 6, "d_ff": 20, "load_balance_loss": 0.1, "router_z_loss": 0.01}
-LAST_LAYER = {
-    "moe": MOE | {"first_layer": 1, "capacity_factor": 1.0, "num_shared_experts": 1},
-    "parallel_layers": True,
-}
 BIASED: dict[str, Any] = {
     "moe": MOE | {"router": "sigmoid", "balance": "bias", "bias_rate": 0.01},
     "ffn": {"bias": True},
 }
-
-LAYOUTS = [
-    (1, 1, 8, {}, {}),
-    (1, 1, 2, {"activation_checkpoint": {"mode": "full"}}, {}),
-    (1, 2, 4, {}, {}),
-    (1, 2, 1, {"reshard_after_forward": False}, {}),
-    (2, 1, 2, {"activation_checkpoint": {"mode": "every_nth", "n": 2}}, {}),
-    (1, 2, 2, {"cpu_offload": True}, {"tie_embeddings": False}),
-    (1, 4, 2, {}, {}),
-    (2, 2, 1, {}, {"tie_embeddings": False}),
-    (1, 1, 2, {}, {"moe": MOE}),
-    (1, 2, 2, {"activation_checkpoint": {"mode": "full"}}, BIASED),
-    (1, 4, 1, {}, LAST_LAYER),
-    (2, 2, 2, {"activation_checkpoint": {"mode": "full"}}, LAST_LAYER | {"norm": {"type": "scalenorm"}}),
-    (2, 1, 1, {"cpu_offload": True}, BIASED),
-]
-
-
-@pytest.mark.parametrize(("dp_replicate", "dp_shard", "micro", "parallel", "model"), LAYOUTS)
-def test_layout_computes_the_run_of_one_process(
-    pools: dict[int, WorkerPool], dp_replicate: int, dp_shard: int, micro: int, parallel: Any, model: Any
-) -> None:
-    expected = reference(model)
-    results = pools[dp_replicate * dp_shard].run(
-        train, {"dp_replicate": dp_replicate, "dp_shard": dp_shard}, micro, "fp64", parallel, model
-    )
-    compare(results, expected)
-    losses = expected[1]
-    assert losses[-1] < 0.8 * losses[0]
 
 
 def balance_after_three_steps(layout: dict[str, int], micro: int, parallel: dict[str, Any]) -> Any:
@@ -97,23 +62,23 @@ def test_experts_are_balanced_by_the_whole_step(
     assert everywhere == biases
 
 
-# Measured here over these 20 steps: fp32 4e-6, bf16 and fp16 at most 2e-2 of the loss.
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 5e-2), ("fp16", 5e-2)])
-def test_lower_precision_stays_near(pools: dict[int, WorkerPool], precision: str, bound: float) -> None:
+# Measured here over these 20 steps: at most 2e-2 of the loss.
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_stays_near(pools: dict[int, WorkerPool], precision: str) -> None:
     _, losses, _ = reference({})
     for _, rank_losses, rank_norms in pools[2].run(train, {"dp_shard": 2}, 2, precision, {}, {}):
-        assert rank_losses == pytest.approx(losses, rel=bound)
+        assert rank_losses == pytest.approx(losses, rel=5e-2)
         assert all(torch.isfinite(torch.tensor(rank_norms)))
 
 
 def step_with_infinite_gradient() -> Any:
     """Runs in every worker: weights before and after a step whose gradient is infinite on one rank."""
     engine = make_engine({"dp_shard": 2}, 4, "fp16", {}, {})
-    batch = global_batch(0)
-    engine.forward_backward(TokenBatch(batch.tokens[:4], batch.targets[:4]), 0)
+    batch = next(global_batch(0).micro_batches(4))
+    engine.forward_backward(batch, 0)
     engine.step(LR)
     before, scale = digests(engine.weights()), engine.loss_scale.scale.item()
-    engine.forward_backward(TokenBatch(batch.tokens[:4], batch.targets[:4]), 1)
+    engine.forward_backward(batch, 1)
     if dist.get_rank() == 1:
         gradient = next(p.grad for p in engine.model.parameters() if p.grad is not None)
         gradient.to_local().fill_(float("inf"))  # type: ignore[attr-defined]
