@@ -60,7 +60,12 @@ CASES: list[Case] = [
     ({"dp_shard": 2, "tp": 2}, 2, {}, {}),
     ({"dp_replicate": 2, "tp": 2}, 2, {"cpu_offload": True}, {"moe": MOE}),
     ({"cp": 2}, 4, {}, {"moe": LAST_LAYER, "positional": {"encoding": "alibi"}}),
-    ({"cp": 2}, 4, PLAIN, {"attention": {"variant": "linear"}, "positional": {"encoding": "sinusoidal"}}),
+    (
+        {"cp": 2},
+        4,
+        PLAIN,
+        UNTIED | {"attention": {"variant": "linear"}, "positional": {"encoding": "sinusoidal"}},
+    ),
     ({"cp": 4}, 4, RECOMPUTED, {"positional": {"encoding": "learned"}, "norm": {"embedding": True}}),
     ({"cp": 2}, 4, SELECTIVE, {"attention": {"variant": "complex"}}),
     (
