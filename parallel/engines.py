@@ -15,4 +15,13 @@ def make_engine(
 
     Raises LayoutError where what is asked for can't be laid out so.
     """
-    return TorchEngine(config, mesh_of(layout, device.type), device, make_optimizer)
+    mesh = mesh_of(layout, device.type)
+    if config.parallel.engine == "deepspeed":
+        # only here: it needn't be installed, and takes a second
+        from parallel.zero.library import load
+
+        load(device)
+        from parallel.zero.engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, mesh, device, make_optimizer)
+    return TorchEngine(config, mesh, device, make_optimizer)
