@@ -19,9 +19,13 @@ PROOFS = [
 def test_the_page_has_the_cases_of_the_tests() -> None:
     on_page = [row[:-2] for row in proved.rows_of(proved.PAGE.read_text())]
     expected = [row[:-2] for row in proved.rows(PROOFS)]
-    for row, wanted in zip_longest(on_page, expected, fillvalue=("nothing",)):
+    for row, wanted in zip_longest(on_page, expected):
         if row != wanted:
-            pytest.fail(f"run `make prove-layouts`: docs/layouts.md has {row}, for {wanted}", pytrace=False)
+            layout, precision, *_ = wanted or row
+            pytest.fail(
+                f"docs/layouts.md hasn't what is tried of {layout} in {precision}: run `make prove-layouts`",
+                pytrace=False,
+            )
 
 
 REPORT = """<testsuites><testsuite><properties><property name="machine" value="3 cores"/></properties>
