@@ -26,7 +26,7 @@ from train.verify.arrangements import Arrangement, arrangements, parse
 from train.verify.batches import Batches
 from train.verify.plan import Plan, make_plan
 from train.verify.shrink import shrink
-from train.verify.trial import Experiment, make_engine
+from train.verify.trial import Experiment, engine_of
 from train.verify.verdict import Finding
 from train.verify.verify import verify
 
@@ -67,7 +67,7 @@ def test_right_layouts_pass(
 
 def compiled(experiment: Experiment, arrangement: Arrangement) -> list[bool]:
     """Runs in a worker: whether each of its blocks will be compiled."""
-    model = make_engine(experiment, arrangement, seed=0).model
+    model = engine_of(experiment, arrangement, seed=0).model
     assert isinstance(model, Model)
     return [layer._compiled_call_impl is not None for layer in model.layers]
 
@@ -83,7 +83,7 @@ def test_blocks_are_compiled_where_that_is_tried(pools: WorkerPools, tmp_path: P
 
 def recomputed(experiment: Experiment, arrangement: Arrangement) -> set[str]:
     """Runs in a worker: how its blocks recompute."""
-    budgeted = make_engine(experiment, arrangement, seed=0).budgeted
+    budgeted = engine_of(experiment, arrangement, seed=0).budgeted
     assert budgeted is not None
     return set(budgeted.chosen.values())
 

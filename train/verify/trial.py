@@ -25,10 +25,11 @@ from parallel.activation_memory import measure
 from parallel.build import Blueprint
 from parallel.config import ActivationCheckpointConfig, CompileConfig, Precision
 from parallel.context import Context
-from parallel.engine import TorchEngine
+from parallel.engine import Engine, EngineConfig
+from parallel.engines import make_engine
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE, master_dtype
-from parallel.mesh import Mesh, mesh_of
+from parallel.mesh import mesh_of
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import OptimizerConfig
@@ -133,7 +134,7 @@ def try_arrangement(experiment: Experiment, arrangement: Arrangement, expected: 
     """
     _hush()
     try:
-        engine = make_engine(experiment, arrangement, experiment.seed)
+        engine = engine_of(experiment, arrangement, experiment.seed)
     except LayoutError as error:
         return str(error)
     initial = load_file(experiment.folder / INITIAL)
@@ -166,32 +167,31 @@ def _hush() -> None:
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
 
 
-def make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) -> TorchEngine:
+def engine_of(experiment: Experiment, arrangement: Arrangement, seed: int) -> Engine:
     """Called by all ranks. Raises LayoutError where the model can't be laid out so."""
-    mesh = mesh_of(arrangement.layout, "cpu")
-    return TorchEngine(
+    torch.compiler.reset()  # code compiled for other layouts counts towards the limit of kinds
+    config = EngineConfig(
         experiment.model,
         arrangement,
         experiment.precision,
-        _recomputation(experiment, arrangement, mesh),
+        _recomputation(experiment, arrangement),
         CompileConfig(enabled=arrangement.compile),
-        mesh=mesh,
-        device=torch.device("cpu"),
-        make_optimizer=lambda model: make_optimizer(model, experiment.optimizer),
         micro_batch_size=arrangement.micro_batch(experiment.global_batch_size),
+        global_batch_size=experiment.global_batch_size,
         seq_len=experiment.model.max_seq_len,
         max_grad_norm=experiment.optimizer.max_grad_norm,
         seed=seed,
     )
+    settings, device = experiment.optimizer, torch.device("cpu")
+    return make_engine(config, arrangement.layout, device, lambda model: make_optimizer(model, settings))
 
 
-def _recomputation(
-    experiment: Experiment, arrangement: Arrangement, mesh: Mesh
-) -> ActivationCheckpointConfig:
+def _recomputation(experiment: Experiment, arrangement: Arrangement) -> ActivationCheckpointConfig:
     """With `auto` the budget is a half of what the rank with the most would keep without one."""
     mode = arrangement.activation_checkpoint
     if mode != "auto":
         return ActivationCheckpointConfig(mode=mode)
+    mesh = mesh_of(arrangement.layout, "cpu")
     context = Context(mesh.cp) if arrangement.cp > 1 else None
     micro_batch = arrangement.micro_batch(experiment.global_batch_size), experiment.model.max_seq_len
     blueprint = Blueprint(experiment.model, arrangement, mesh, context)
@@ -201,9 +201,7 @@ def _recomputation(
     return ActivationCheckpointConfig(mode=mode, memory_budget=max(1, int(most) // 2))
 
 
-def _train(
-    engine: TorchEngine, experiment: Experiment, steps: Iterable[int], curve: Curve
-) -> list[list[int]]:
+def _train(engine: Engine, experiment: Experiment, steps: Iterable[int], curve: Curve) -> list[list[int]]:
     """Add to the curve; returns the ids of the sequences of each step."""
     ids = []
     for step in steps:
@@ -225,8 +223,8 @@ def _go_on_elsewhere(
     experiment: Experiment, arrangement: Arrangement, path: Path, step: int, expected: Curve
 ) -> float:
     """The largest difference of a run that goes on from a checkpoint of a step, over what another seed made."""
-    engine = make_engine(experiment, arrangement, experiment.seed + 1)
-    checkpoint.load_tensors(path, engine.state())
+    engine = engine_of(experiment, arrangement, experiment.seed + 1)
+    engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors))
     curve = Curve([], [])
     _train(engine, experiment, range(step, experiment.steps), curve)
     return max(
@@ -236,7 +234,7 @@ def _go_on_elsewhere(
     )
 
 
-def _weights_apart(engine: TorchEngine, experiment: Experiment) -> float:
+def _weights_apart(engine: Engine, experiment: Experiment) -> float:
     """The largest difference, by a tensor's largest element, or an optimizer's step where none is as large."""
     expected = load_file(experiment.folder / FINAL)
     apart = []
