@@ -169,7 +169,8 @@ def _hush() -> None:
 
 def engine_of(experiment: Experiment, arrangement: Arrangement, seed: int) -> Engine:
     """Called by all ranks. Raises LayoutError where the model can't be laid out so."""
-    torch.compiler.reset()  # code compiled for other layouts counts towards the limit of kinds
+    if arrangement.compile:
+        torch.compiler.reset()  # code compiled for other layouts counts towards the limit of kinds
     config = EngineConfig(
         experiment.model,
         arrangement,
