@@ -2,7 +2,7 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, plot, prepare, train, verify
+from train.cli import config, convert, evaluate, generate, plot, prepare, scaling, train, verify
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(plot.plot)
 app.command("export")(convert.export_)
 app.command("import")(convert.import_)
 app.add_typer(config.app, name="config")
+app.add_typer(scaling.app, name="scaling")
 
 
 def main() -> None:
