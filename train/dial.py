@@ -97,7 +97,10 @@ def _training(
     steps = tokens / (batch * model.max_seq_len)
     if config.run.steps is not None and "run.steps" in said:
         steps = config.run.steps
-    found["optimizer.lr"] = (float(f"{recommend.peak_learning_rate(flops):.3g}"), f"0.3118 C^-0.1250 {law}")
+    found["optimizer.lr"] = (
+        float(f"{recommend.peak_learning_rate(flops):.3g}"),
+        f"0.3118 max(C, 1e17)^-0.1250 {law}",
+    )
     found["schedule.warmup_steps"] = (
         recommend.warmup_steps(steps),
         f"a twentieth of {steps:.0f} steps, up to 2,000",
@@ -107,5 +110,9 @@ def _training(
 
 def _shown(dial: DialConfig) -> str:
     """As it would be written."""
-    size = {"params": dial.params and format_count(dial.params), "depth": dial.depth, "flops": dial.flops}
+    size = {
+        "params": dial.params and format_count(dial.params),
+        "depth": dial.depth,
+        "flops": dial.flops and f"{dial.flops:.3g}",
+    }
     return " ".join(f"dial.{name}={value}" for name, value in size.items() if value is not None)

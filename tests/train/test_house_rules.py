@@ -76,6 +76,7 @@ def test_help_imports_nothing_heavy() -> None:
         "generate",
         "evaluate",
         "plot",
+        "ladder",
         "export",
         "import",
         "config show",

@@ -10,6 +10,8 @@ LARGEST_CORPUS = 15e12
 """Tokens; what Llama 3 was trained on (Grattafiori et al. 2024)."""
 LARGEST_BATCH = 4608 * 4096.0
 """Tokens, of DeepSeek LLM 67B: beyond it the law was not tried."""
+SMALLEST_BUDGET = 1e17
+"""FLOPs that the laws were found from; the rates that they give below are too high (docs/scaling.md)."""
 MOST_WARMUP_STEPS = 2000
 """Of DeepSeek LLM."""
 
@@ -25,8 +27,8 @@ def batch_sequences(flops: float, seq_len: int) -> int:
 
 
 def peak_learning_rate(flops: float) -> float:
-    """The best peak rate of AdamW: 0.3118 C^-0.1250 (the same)."""
-    return 0.3118 * flops**-0.1250
+    """The best peak rate of AdamW: 0.3118 C^-0.1250 (the same); under the law's range that of 1e17."""
+    return 0.3118 * max(flops, SMALLEST_BUDGET) ** -0.1250
 
 
 def warmup_steps(steps: float) -> int:

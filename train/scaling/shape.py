@@ -10,11 +10,13 @@ from model.dotted import flatten, nest, put
 from model.models import parse_model
 from model.section import largest_divisor
 
-DEEPEST = 256
+SHALLOWEST, DEEPEST = 2, 256
 STEPS = ((2048, 512), (1024, 256), (256, 64), (128, 32), (0, 16))
 """From a width on, what it is a multiple of, so that tensor parallelism can share out the heads."""
 HEAD_DIMS = ((2048, 128), (256, 64), (128, 32), (0, 16))
 """From a width on, the width of a head."""
+TOLERANCE = 0.2
+"""How far a model may be from what was asked for."""
 SHAPE_MATTERS = 0.2
 """How much being out of proportion counts against being off the target, both as logarithms."""
 
@@ -55,19 +57,22 @@ def shape_of(base: ModelConfig, target: float, measure: Measure) -> Shape:
         at = bisect_left(widths, target, key=lambda width: measured(_shape(base, width, num_layers)))
         return [_shape(base, width, num_layers) for width in widths[max(0, at - 1) : at + 1]]
 
-    def penalty(shape: Shape) -> float:
-        off = abs(log(measured(shape) / target))
-        return off + SHAPE_MATTERS * abs(log(shape["d_model"] / _usual_width(shape["num_layers"])))
+    def off(shape: Shape) -> float:
+        return abs(log(measured(shape) / target))
 
-    least = 1 if base.moe is None else base.moe.first_layer + 1
+    def penalty(shape: Shape) -> float:
+        return off(shape) + SHAPE_MATTERS * abs(log(shape["d_model"] / _usual_width(shape["num_layers"])))
+
+    least = SHALLOWEST if base.moe is None else max(SHALLOWEST, base.moe.first_layer + 1)
     depth = least + bisect_left(
         range(least, DEEPEST), target, key=lambda n: measured(shape_of_depth(base, n))
     )
     shapes = [shape for n in range(max(least, depth - 3), depth + 3) for shape in width_for(n)]
-    best = min(shapes, key=penalty)
-    if abs(log(measured(best) / target)) > log(1.2):
-        raise ValueError(f"the nearest that such a model can have is {measured(best):.3g}")
-    return best
+    near = [shape for shape in shapes if off(shape) < log(1 + TOLERANCE)]
+    if not near:
+        nearest = measured(min(shapes, key=off))
+        raise ValueError(f"the nearest that such a model can have is {nearest:.3g}")
+    return min(near, key=penalty)
 
 
 def resized(base: ModelConfig, shape: Shape) -> ModelConfig:

@@ -55,13 +55,17 @@ def test_the_laws_are_those_of_the_runs_that_were_published() -> None:
         assert peak_learning_rate(flops) == pytest.approx(rate, rel=0.03)
 
 
+def test_small_budgets_have_the_rate_of_the_smallest_that_the_law_knows() -> None:
+    assert peak_learning_rate(1e12) == peak_learning_rate(1e17) > peak_learning_rate(1e18)
+
+
 def test_what_is_said_beside_or_after_the_dial_stays(tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("extends: llama3\ndata: {path: x}\ndial: {params: 300M}\noptimizer: {lr: 1.0e-3}\n")
     config = load(str(child), "schedule.warmup_steps=7")
     assert config.optimizer.lr == 1e-3 and config.schedule.warmup_steps == 7
     assert config.model.num_layers < 32 and config.data.global_batch_size < 512, "llama3 was said before"
-    assert load(str(child), "dial.params=30M").optimizer.lr < 5e-3, "the dial was turned after it"
+    assert load(str(child), "dial.params=30M").optimizer.lr != 1e-3, "the dial was turned after it"
     assert load(str(child), "run.steps=3").run.tokens is None
     assert load("demo", "dial.params=3M", "model.vocab_size=4096").run.steps is None
 
