@@ -16,8 +16,10 @@ from data.config import DataConfig
 from model.config import BaseModelConfig, ModelConfig
 from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from train.counts import parse_count
 from train.duration import parse_seconds
 
+Count = Annotated[float, BeforeValidator(parse_count)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 
 
@@ -126,6 +128,27 @@ class EvaluationConfig(Section):
     first ten."""
 
 
+class DialConfig(Section):
+    """One number that sets the size of the model, the tokens, the batch and the learning rate; see `train.dial`."""
+
+    params: Count | None = None
+    """Parameters that a token meets, such as `300M`."""
+    depth: int | None = Field(None, ge=1)
+    """Layers; the width follows."""
+    flops: Count | None = None
+    """Compute of the whole training, such as `1e20`; alone, it sets the size too."""
+    tokens_per_param: Count = 20.0
+    """Tokens for each parameter, where flops and size don't say."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DialConfig":
+        if self.params is not None and self.depth is not None:
+            raise ValueError("dial.params and dial.depth both set the model's size: keep one")
+        if self.params is None and self.depth is None and self.flops is None:
+            raise ValueError("dial sets nothing: give dial.params=300M, dial.depth=16 or dial.flops=1e20")
+        return self
+
+
 class Config(Section):
     """The whole tree. `train.config_file` reads it from YAML; `train.resolve` fills in what depends on data."""
 
@@ -142,10 +165,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    dial: DialConfig | None = Field(None, exclude=True)
+    """Unset: nothing. What it sets stands in the other sections, and is what is shown and saved."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "Config":
-        unlimited = self.run.steps is None and self.run.tokens is None
+        unlimited = self.run.steps is None and self.run.tokens is None and self.dial is None
         if unlimited and self.run.wall_time is None:
             raise ValueError("the run has no end: set run.steps, run.tokens or run.wall_time")
         if unlimited and self.schedule.total_steps is None and self.schedule.type != "constant":

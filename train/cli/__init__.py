@@ -2,7 +2,7 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, plot, prepare, train, verify
+from train.cli import config, convert, evaluate, generate, ladder, plot, prepare, scaling, train, verify
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -18,9 +18,11 @@ app.command()(generate.generate)
 app.command()(verify.verify)
 app.command()(evaluate.evaluate)
 app.command()(plot.plot)
+app.command()(ladder.ladder)
 app.command("export")(convert.export_)
 app.command("import")(convert.import_)
 app.add_typer(config.app, name="config")
+app.add_typer(scaling.app, name="scaling")
 
 
 def main() -> None:
