@@ -42,6 +42,13 @@ class SplitInfo:
     """Of the documents' text in UTF-8 (of pairs, both texts); of the pictures' pixels."""
     sequences: int
 
+    @classmethod
+    def total(cls, splits: Sequence["SplitInfo"]) -> "SplitInfo":
+        """What they hold together."""
+        return cls(
+            **{field.name: sum(getattr(split, field.name) for split in splits) for field in fields(cls)}
+        )
+
 
 @dataclass(frozen=True)
 class DatasetInfo:

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.dataset import COLUMN, SOURCE, SOURCE_PADDING, DatasetInfo
+from data.order import Order
 from data.shared_memory import choosing_names, free_number
 from data.shims import let_streaming_import
 
 let_streaming_import()
 
 import streaming.base.dataset  # noqa: E402
-from streaming import StreamingDataLoader, StreamingDataset  # noqa: E402
+from streaming import Stream, StreamingDataLoader, StreamingDataset  # noqa: E402
 from streaming.base.constant import LOCALS  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.shared import SharedMemory  # noqa: E402
@@ -34,8 +36,8 @@ Collated = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Targets (B, T), sample ids (B,), columns (B, ...), int64; padding is bool."""
 
 _CANONICAL_NODES = 1
-"""With one, global batch n is the nth run of `global_batch_size` samples of the epoch's permutation, whatever the
-number of nodes, of which streaming asks that they divide the canonical ones or the reverse."""
+"""With one, global batch n is the nth run of `global_batch_size` samples of the epoch's order, whatever the number of
+nodes, of which streaming asks that they divide the canonical ones or the reverse."""
 
 
 def _take_number(
@@ -69,32 +71,32 @@ streaming.base.dataset.get_shm_prefix = _take_number
 
 
 class TrainingSequences(StreamingDataset):
-    """The training split, shuffled and dealt out to data ranks. Items are (sample id, columns)."""
+    """The training splits of all sources, dealt out to data ranks. Items are (sample id, columns).
+
+    What streaming calls an epoch is here a stretch of the run's order, `epoch_size` places long.
+    """
 
     def __init__(
         self,
-        info: DatasetInfo,
+        infos: Sequence[DatasetInfo],
+        order: Order,
         *,
         rank: int,
         world_size: int,
         batch_size: int,
         epoch_size: int,
-        shuffle: bool,
-        seed: int,
     ) -> None:
         super().__init__(
-            local=str(info.path),
-            split="train",
+            streams=[Stream(local=str(info.path), split="train") for info in infos],
             batch_size=batch_size,
             epoch_size=epoch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
             num_canonical_nodes=_CANONICAL_NODES,
             # streaming's own defaults, which it would announce in every process
             predownload=8 * batch_size,
             shuffle_block_size=4_000_000,
         )
-        self.pad_id = info.pad_id
+        self.pad_id = infos[0].pad_id
+        self._order = order
         self._positions: list[SharedMemory] = []
         # Processes coordinate as what they are (`_unique_rank_world`, from the environment) and read as the data
         # ranks they are: several may share one, in whatever order the mesh has them. streaming's `replication`
@@ -103,6 +105,17 @@ class TrainingSequences(StreamingDataset):
             num_nodes=1, ranks_per_node=world_size, workers_per_rank=1, worker=rank
         )
         self.length = epoch_size // world_size
+
+    def resample_streams(
+        self, epoch: int, stream_id: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The sequences of an epoch, in place of streaming's own mixtures.
+
+        Those draw anew for each epoch which part of a source it has, so that over several epochs some sequences come
+        often and others never; and what they repeat, they shuffle within the epoch, whatever has come yet.
+        """
+        places = self._order.ids(epoch * self.epoch_size, (epoch + 1) * self.epoch_size)
+        return np.array([len(places)]), places
 
     def __getitem__(self, at: int) -> tuple[int, Sample]:
         return int(at), super().__getitem__(at)

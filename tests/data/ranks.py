@@ -3,17 +3,18 @@
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from data.config import DataConfig
 from data.stream import TrainingStream, validation_batches
 
-Read = tuple[list[list[int]], dict[str, int]]
+Read = tuple[list[list[int]], dict[str, Any]]
 
 
 def read(
-    config: DataConfig, batches: int, state: dict[str, int] | None = None, share_rank: bool = False
+    config: DataConfig, batches: int, state: dict[str, Any] | None = None, share_rank: bool = False
 ) -> Read:
     """The sample ids of this rank's share of `batches` global batches, and the state after them.
 
