@@ -117,6 +117,7 @@ class RandomStream:
     def __init__(self) -> None:
         self.step = 0
         self.taken: dict[str, int] = {}
+        self.skipped_sequences = 0
 
     def __next__(self) -> Batch:
         self.step += 1

@@ -1,6 +1,7 @@
 """The `data` section of a run's configuration."""
 
 from collections import Counter
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +36,12 @@ class DataConfig(BaseModel):
     """Processes that read ahead for each training process; 0 reads in the training process itself."""
     shuffle: bool = True
     """Read the sequences of each epoch in a random order (of the run's seed) instead of as they are stored."""
+    verify: Literal["contents", "size"] = "contents"
+    """What of every shard is compared with the index when a run starts: its SHA-256, for which each node reads all data
+    once, or its size alone."""
+    on_bad_shard: Literal["fail", "skip"] = "fail"
+    """Where a training shard is missing, cut short or damaged: refuse to start, or leave it out, with other
+    sequences of its source in place of its own. Their number is told in the metrics."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> "DataConfig":

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.dataset import COLUMN, SOURCE, SOURCE_PADDING, DatasetInfo
+from data.errors import InputError
 from data.order import Order
+from data.shards import MEND
 from data.shared_memory import choosing_names, free_number
 from data.shims import let_streaming_import
 
@@ -85,7 +87,9 @@ class TrainingSequences(StreamingDataset):
         world_size: int,
         batch_size: int,
         epoch_size: int,
+        stand_ins: NDArray[np.int64] | None = None,
     ) -> None:
+        """stand_ins: what is read in place of each sequence, where some can't be."""
         super().__init__(
             streams=[Stream(local=str(info.path), split="train") for info in infos],
             batch_size=batch_size,
@@ -96,7 +100,7 @@ class TrainingSequences(StreamingDataset):
             shuffle_block_size=4_000_000,
         )
         self.pad_id = infos[0].pad_id
-        self._order = order
+        self._order, self._stand_ins = order, stand_ins
         self._positions: list[SharedMemory] = []
         # Processes coordinate as what they are (`_unique_rank_world`, from the environment) and read as the data
         # ranks they are: several may share one, in whatever order the mesh has them. streaming's `replication`
@@ -115,10 +119,16 @@ class TrainingSequences(StreamingDataset):
         often and others never; and what they repeat, they shuffle within the epoch, whatever has come yet.
         """
         places = self._order.ids(epoch * self.epoch_size, (epoch + 1) * self.epoch_size)
+        if self._stand_ins is not None:
+            places = self._stand_ins[places]
         return np.array([len(places)]), places
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Nothing is downloaded: what is missing when it is read is an error then."""
+
     def __getitem__(self, at: int) -> tuple[int, Sample]:
-        return int(at), super().__getitem__(at)
+        shard, sample = self.spanner[at]
+        return int(at), _read(self.shards[shard], sample)
 
     def collate(self, items: list[tuple[int, Sample]]) -> Collated:
         """(B, T) targets, (B,) sample ids, and the columns, of which `tokens` is (B, T)."""
@@ -200,7 +210,17 @@ class ValidationSequences:
 
     def _sample(self, at: int) -> Sample:
         shard, sample = self._spanner[at]
-        return self._shards[shard][sample]
+        return _read(self._shards[shard], sample)
+
+
+def _read(shard: Any, at: int) -> Sample:
+    """A sample of a shard. Raises InputError where the file is not what it was when the run began."""
+    try:
+        return shard[at]
+    except (OSError, ValueError, IndexError) as error:
+        path = Path(shard.dirname, shard.split, shard.raw_data.basename)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} can't be read ({reason}): {MEND}") from error
 
 
 def _collated(samples: Sequence[Sample], ids: Tensor, pad_id: int) -> Collated:

@@ -13,6 +13,7 @@ from data.config import DataConfig
 from data.dataset import COLUMN, open_dataset
 from data.errors import InputError
 from data.mixture import as_one, open_sources, order_of
+from data.verify import check_together
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,7 @@ class TrainingStream:
         """
         self._sources = open_sources(config)
         self._config, self._seed, self._inputs = config, seed, inputs
+        _check_processes()
         self._order = order_of(self._sources, shuffle=config.shuffle, seed=seed)
         if config.global_batch_size % world_size:
             raise InputError(
@@ -88,8 +90,10 @@ class TrainingStream:
                 f"{' and '.join(str(source.info.path) for source in self._sources)} has {available} training "
                 f"sequences, fewer than one global batch: set data.global_batch_size to at most that, or prepare more"
             )
+        self._checked = check_together(
+            [source.info for source in self._sources], config.verify, config.on_bad_shard
+        )
         self._batches_per_stretch = min(available, _STRETCH) // config.global_batch_size or 1
-        _check_processes()
         from data.sequences import TrainingSequences, make_loader
 
         self._sequences = TrainingSequences(
@@ -99,6 +103,7 @@ class TrainingStream:
             world_size=world_size,
             batch_size=config.global_batch_size // world_size,
             epoch_size=self._batches_per_stretch * config.global_batch_size,
+            stand_ins=self._checked.stand_ins,
         )
         self._loader = make_loader(self._sequences, config.num_workers)
         self._iterator: Iterator[Collated] | None = None
@@ -110,13 +115,28 @@ class TrainingStream:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        batch = next(self._iterator, None)
-        if batch is None:  # the end of a stretch
-            assert self._batches % self._batches_per_stretch == 0
-            self._iterator = iter(self._loader)
-            batch = next(self._iterator)
+        try:
+            batch = next(self._iterator, None)
+            if batch is None:  # the end of a stretch
+                assert self._batches % self._batches_per_stretch == 0
+                self._iterator = iter(self._loader)
+                batch = next(self._iterator)
+        except (
+            InputError
+        ) as error:  # from a reading process it comes with the lines of its traceback before it
+            raise InputError(str(error).splitlines()[-1].partition("InputError: ")[2] or str(error)) from None
         self._batches += 1
         return _batch(batch, self._inputs, f"{self._seed}/{self._batches}")
+
+    @property
+    def bad_shards(self) -> tuple[str, ...]:
+        """The training shards that are left out, and why."""
+        return self._checked.bad
+
+    @property
+    def skipped_sequences(self) -> int:
+        """How many sequences of the data are left out with them."""
+        return self._checked.lost
 
     @property
     def taken(self) -> dict[str, int]:

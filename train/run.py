@@ -38,6 +38,8 @@ def run(plan: Plan, device: torch.device) -> int:
     stream = TrainingStream(
         config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
     )
+    for shard in stream.bad_shards:
+        log.warning("left out: %s", shard)
     progress = _resume(folder, engine, stream)
     start = progress.step
     with torch.device("meta"):

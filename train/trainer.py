@@ -175,6 +175,7 @@ class Trainer:
                 source.name: self._pending.sequences[source.name] / source.info.train.sequences
                 for source in self.plan.mixture
             },
+            skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),
         )
