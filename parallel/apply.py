@@ -80,6 +80,9 @@ def build_shards(
     """
     if compilation.enabled or activation_checkpoint.mode != "none":
         _check_blocks(model_config)
+    if compilation.enabled:
+        # a block that comes in too many kinds would otherwise go on uncompiled
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     blueprint = Blueprint(model_config, parallel, mesh, context)
     by_budget: Budgeted | None = None
     if activation_checkpoint.memory_budget is not None:
