@@ -114,7 +114,7 @@ class EvaluationConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     """Evaluate on the validation split every so many steps, and after the last."""
     sequences: int | None = Field(None, ge=1)
-    """Evaluate on so many sequences, evenly spread over the split; left out, on all."""
+    """Evaluate on so many sequences (of each source), evenly spread over the split; left out, on all."""
     sample_every_steps: int | None = Field(None, ge=1)
     """Generate a sample of text every so many steps."""
     sample_prompt: str = ""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -173,7 +173,10 @@ def _explain(error: Any, values: Values) -> str:
             model_type, _ = values.get("model.type", ("transformer", ""))
             return f"{where}unknown key {key!r}{_suggest_key(location, model_type)}"
         case "missing":
-            return f"{key!r} is missing: set it in the configuration or as {key}=VALUE"
+            in_list = any(part.isdigit() for part in location)
+            return (
+                f"{key!r} is missing: set it in the configuration{'' if in_list else f' or as {key}=VALUE'}"
+            )
         case "value_error":
             return f"{where}{error['ctx']['error']}"
     message = error["msg"][0].lower() + error["msg"][1:]
@@ -224,7 +227,9 @@ def _section(parent: type[BaseModel], name: str, model_type: str) -> type[BaseMo
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The class of a section, which may be one that can be left out."""
+    """The class of a section, which may be one that can be left out; a list of several is a value."""
+    if get_origin(annotation) is tuple:
+        return None
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
