@@ -2,11 +2,13 @@
 
 import os
 from collections import defaultdict
+from copy import deepcopy
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -27,6 +29,7 @@ from parallel.zero.config import library_config
 from parallel.zero.exchange import move, rows
 from parallel.zero.groups import ExpertLayer, ModelParallelUnit, announce_experts, group_name, mark
 from parallel.zero.initialize import initial_values, materialize
+from parallel.zero.library import check_disk_operator
 from parallel.zero.partitions import MASTER, Partitions, partitions_of
 from parallel.zero.passes import LossRoot, ZeroPasses
 
@@ -49,7 +52,10 @@ class DeepSpeedEngine(Engine):
         self.mesh = mesh
         self.max_grad_norm = config.max_grad_norm
         self.stage = config.parallel.deepspeed.stage
+        _connect(mesh)
         settings = _settings(config, mesh)
+        if config.parallel.deepspeed.nvme_path is not None:
+            check_disk_operator()
         if config.precision == "fp16" and device.type == "cpu":
             raise LayoutError(
                 "precision=fp16: DeepSpeed has none on a CPU: use precision=bf16, or parallel.engine=torch"
@@ -64,7 +70,6 @@ class DeepSpeedEngine(Engine):
         self.cuts, self.model = built.cuts, built.model
         prepare_layers(built.model, config.activation_checkpoint, self.budgeted, config.compile)
         initial = initial_values(built.model, config.model, built.cuts, mesh, config.seed)
-        _connect(mesh)
         materialize(built.model, initial, dtype, device, settings if self.stage == 3 else None)
         self.parameters = dict(built.model.named_parameters())
         mark(self.parameters, built.cuts, mesh)
@@ -259,7 +264,20 @@ def _settings(config: EngineConfig, mesh: Mesh) -> dict[str, Any]:
     )
     if config.parallel.deepspeed.stage == 0 and config.precision == "fp32":
         settings["gradient_clipping"] = 0.0  # done here, since the library doesn't tell the norm
+    _check(settings, mesh)
     return settings
+
+
+def _check(settings: dict[str, Any], mesh: Mesh) -> None:
+    """Raises LayoutError where DeepSpeed doesn't know a key, or a value of it."""
+    try:
+        deepspeed.DeepSpeedConfig(deepcopy(settings), ModelParallelUnit(mesh))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise LayoutError(
+            f"parallel.deepspeed.config: {error.title} refuses {key}={first['input']!r}: {first['msg']}"
+        ) from None
 
 
 def _connect(mesh: Mesh) -> None:

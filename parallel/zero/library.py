@@ -12,6 +12,8 @@ from parallel.errors import LayoutError
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 
 def check_installed() -> None:
     """Raises LayoutError where DeepSpeed isn't there. It isn't loaded for that."""
@@ -20,6 +22,21 @@ def check_installed() -> None:
             "parallel.engine=deepspeed, but DeepSpeed isn't installed: pip install 'trireme[deepspeed]', or use "
             "parallel.engine=torch"
         )
+
+
+def check_disk_operator() -> None:
+    """Raises LayoutError where weights or optimizer state can't be offloaded to a disk. DeepSpeed is loaded."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible():
+        raise LayoutError(
+            "parallel.deepspeed.nvme_path: DeepSpeed's operator for disks needs libaio (Debian: apt install "
+            "libaio-dev) and a C++ compiler: install them, or offload to cpu"
+        )
+    log.info(
+        "DeepSpeed compiles its operator for disks where that was never done on this machine: a minute or more"
+    )
 
 
 def load(device: "torch.device") -> ModuleType:
@@ -45,5 +62,6 @@ def load(device: "torch.device") -> ModuleType:
     messages = logging.getLogger("DeepSpeed")
     messages.handlers.clear()
     messages.propagate = True
+    messages.setLevel(logging.INFO)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -46,19 +46,27 @@ def test_lower_precision_stays_near(pools: dict[int, WorkerPool], stage: int) ->
     assert everywhere == initial, "weights start in fp32, not rounded"
 
 
-def refused(precision: str) -> str:
+def refused(precision: str, parallel: dict[str, Any]) -> str:
     """Runs in every worker: why it is."""
     try:
-        make_engine({}, 4, precision, zero(1), {})
+        make_engine({}, 4, precision, parallel, {})
     except LayoutError as error:
         return str(error)
     return ""
 
 
 def test_fp16_is_refused_on_a_cpu(pools: dict[int, WorkerPool]) -> None:
-    (message,) = pools[1].run(refused, "fp16")
+    (message,) = pools[1].run(refused, "fp16", zero(1))
     assert (
         message == "precision=fp16: DeepSpeed has none on a CPU: use precision=bf16, or parallel.engine=torch"
+    )
+
+
+def test_a_key_that_deepspeed_does_not_know_is_told_in_a_line(pools: dict[int, WorkerPool]) -> None:
+    unknown = zero(1, config={"zero_optimization": {"overlap_com": True}})
+    (message,) = pools[1].run(refused, "fp32", unknown)
+    assert message == (
+        "parallel.deepspeed.config: DeepSpeedZeroConfig refuses overlap_com=True: Extra inputs are not permitted"
     )
 
 

@@ -77,6 +77,27 @@ def swapped_batch() -> Any:
     return patch.object(Batches, "share", swapped)
 
 
+def zero_averages() -> Any:
+    """DeepSpeed takes the mean over the ranks, where the sum is meant."""
+    from parallel.zero.engine import DeepSpeedEngine
+
+    return patch.object(DeepSpeedEngine, "_loss_weight", lambda self: torch.ones((), dtype=torch.float64))
+
+
+def zero_takes_shares_for_copies() -> Any:
+    """DeepSpeed isn't told that tensor-parallel ranks hold different parts, and counts one rank's in the norm."""
+    from parallel.zero import engine
+
+    mark = engine.mark
+
+    def unmarked(parameters: Any, cuts: Any, mesh: Mesh) -> None:
+        mark(parameters, cuts, mesh)
+        for parameter in parameters.values():
+            parameter.__dict__.pop("tensor_model_parallel", None)
+
+    return patch.object(engine, "mark", unmarked)
+
+
 def dying_rank() -> Any:
     """One rank stops with an error, and the others wait for it."""
     share = Batches.share

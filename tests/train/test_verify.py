@@ -132,6 +132,46 @@ def test_finds_a_planted_fault(
     assert red <= set(finding.wrong(precision)), finding
 
 
+ZERO_FAULTS: list[tuple[Callable[[], Any], str, set[str]]] = [
+    (planted.zero_averages, "dp_shard=2,stage=2", {"grad_norm"}),
+    (planted.zero_averages, "dp_shard=2,stage=3", {"grad_norm"}),
+    (planted.zero_takes_shares_for_copies, "tp=2,stage=1", {"grad_norm"}),
+    (planted.unsynchronized_norm, "tp=2,stage=3", {"grad_norm", "loss", "weights"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "red"),
+    ZERO_FAULTS,
+    ids=[f"{fault.__name__}-{layout}" for fault, layout, _ in ZERO_FAULTS],
+)
+def test_finds_a_fault_planted_in_zero(
+    pools: WorkerPools,
+    faulty: Callable[[Callable[[], Any]], None],
+    tmp_path: Path,
+    fault: Callable[[], Any],
+    layout: str,
+    red: set[str],
+) -> None:
+    faulty(fault)
+    (finding,) = findings(pools, tmp_path, "modern", f"engine=deepspeed,{layout}", precision="fp32")
+    assert finding.error is None and finding.refused is None, finding
+    assert red <= set(finding.wrong("fp32")), finding
+
+
+def test_zero_passes(pools: WorkerPools, tmp_path: Path) -> None:
+    layouts = ["dp_shard=2,stage=3", "dp_shard=2,ep=2,stage=2", "tp=2,stage=1", "dp_shard=2,stage=0"]
+    written = [f"engine=deepspeed,{layout}" for layout in layouts]
+    for finding in findings(pools, tmp_path, "deepseek_moe", *written, precision="fp32"):
+        assert finding.error is None and finding.refused is None, finding
+        assert finding.wrong("fp32") == [], finding
+
+
+def test_zero_is_refused_in_fp64(pools: WorkerPools, tmp_path: Path) -> None:
+    (finding,) = findings(pools, tmp_path, "modern", "engine=deepspeed,dp_shard=2,stage=1")
+    assert finding.refused is not None and "precision=fp32" in finding.refused
+
+
 def test_a_layout_that_ends_in_an_error_is_told_and_the_next_one_tried(tmp_path: Path) -> None:
     with WorkerPools() as pools:
         pools[2].run(planted.plant, planted.dying_rank)
@@ -199,6 +239,8 @@ def test_batches_are_shared_out_whole_and_scored_unevenly() -> None:
         (["tp=2,hp=2"], "2", "'hp=2' is not of the form"),
         (["tp=0"], "2", "layout 'tp=0': tp: "),
         (["dp_shard=-1"], "2", "layout 'dp_shard=-1': dp_shard: "),
+        (["stage=2"], "2", "layout 'stage=2': stage is DeepSpeed's: add engine=deepspeed"),
+        (["engine=deepspeed,stage=4"], "2", "layout 'engine=deepspeed,stage=4': deepspeed.stage: "),
         (["all"], "2,x", "--world 2,x: give numbers of processes"),
         (["all"], "0", "--world 0: give numbers of processes"),
     ],
@@ -230,6 +272,31 @@ def test_every_dimension_and_pair_is_tried() -> None:
     assert not any("ep=" in name for name in arrangements(SMALL["gpt2"], 4))
     schedules = {name for name in arrangements(SMALL["gpt2"], 2) if "pp_schedule" in name}
     assert len(schedules) == 4
+
+
+def test_every_stage_is_tried_with_what_it_can_be_combined_with() -> None:
+    four = set(arrangements(SMALL["mixtral"], 4, "deepspeed"))
+    for expected in (
+        "dp_shard=4,stage=0",
+        "dp_shard=4,stage=3,activation_checkpoint=full",
+        "dp_shard=4,stage=2,offload_optimizer=cpu",
+        "dp_shard=2,tp=2,stage=3",
+        "tp=4,stage=1",
+        "cp=4,stage=2",
+        "dp_shard=4,ep=4,stage=1",
+        "dp_shard=2,tp=2,ep=2,stage=2",
+    ):
+        assert f"engine=deepspeed,{expected}" in four
+    assert not any("pp=" in name or "dp_replicate" in name for name in four)
+    assert not any("ep=" in name and "stage=3" in name for name in four)
+    assert all(parse(name).engine == "deepspeed" for name in four)
+
+
+def test_both_engines_are_tried_where_asked_for() -> None:
+    plan = make_plan("tiny", [], ["all"], "2", 2, engines="deepspeed,torch")
+    assert {arrangement.engine for _, arrangement in plan.arrangements} == {"torch", "deepspeed"}
+    with pytest.raises(ConfigError, match="--engines jax: give torch or deepspeed"):
+        make_plan("tiny", [], ["all"], "2", 2, engines="jax")
 
 
 def test_every_way_to_recompute_is_tried_and_compiled_blocks_once_on_one_rank_and_on_two() -> None:

@@ -29,6 +29,10 @@ def verify(
         typer.Option(help="A layout, such as tp=2,dp_shard=2, as often as wanted; or `all`, which is meant."),
     ] = None,
     world: Annotated[str, typer.Option(help="Of all layouts, those of so many processes.")] = "1,2,4",
+    engines: Annotated[
+        str,
+        typer.Option(help="Of all layouts, those of these engines: torch, deepspeed (which has no fp64)."),
+    ] = "torch",
     dtype: Annotated[Dtype, typer.Option(help="In fp64 right layouts agree to 1e-9, and nothing hides.")] = (
         Dtype.FP64
     ),
@@ -40,6 +44,8 @@ def verify(
 
     Example: `trireme verify tiny --world 2`
 
+    Example: `trireme verify tiny --engines deepspeed --dtype fp32`
+
     Example: `trireme verify llama3 --layouts tp=2,dp_shard=2 --layouts pp=2,pp_schedule=gpipe`
     """
     from rich.console import Console
@@ -48,7 +54,7 @@ def verify(
 
     from train.verify.plan import make_plan
 
-    plan = make_plan(config, overrides or [], layouts or ["all"], world, steps)
+    plan = make_plan(config, overrides or [], layouts or ["all"], world, steps, engines)
     # in a pipe or a file there is no width to keep to
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"{config}: {plan.model.type}, made small: {plan.changes}")

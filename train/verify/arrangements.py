@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from itertools import combinations
 from math import prod
-from typing import get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, ValidationError
 
 from model.config import BaseModelConfig, ModelConfig
-from parallel.config import ParallelConfig, RecomputeMode
+from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
 from parallel.fit import check_fit, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.stages import MANY_STAGES, Schedule
+from parallel.zero.fit import check_zero
 from train.errors import ConfigError
 
 OPTIONS = (
@@ -23,6 +24,23 @@ OPTIONS = (
     "cpu_offload=true",
 )
 """Tried with `dp_shard`."""
+
+ZERO_OPTIONS = (
+    "stage=0",
+    "stage=1",
+    "stage=2",
+    "stage=2,micro_batch_size=1",
+    "stage=2,offload_optimizer=cpu",
+    "stage=3",
+    "stage=3,activation_checkpoint=full",
+    "stage=3,offload_optimizer=cpu,offload_param=cpu",
+)
+"""Tried with `dp_shard` and DeepSpeed."""
+
+ZERO_KEYS = ("stage", "offload_optimizer", "offload_param")
+"""Written without the section that they are in."""
+
+Engine = Literal["torch", "deepspeed"]
 
 
 class Arrangement(ParallelConfig):
@@ -47,9 +65,10 @@ class Arrangement(ParallelConfig):
         share = global_batch_size // self.layout.data_size
         return self.micro_batch_size or max(1, share // (2 * self.pp))
 
-    def check(self, model: BaseModelConfig, global_batch_size: int) -> None:
+    def check(self, model: BaseModelConfig, precision: Precision, global_batch_size: int) -> None:
         """Raises LayoutError where the model, or the batch, can't be laid out so."""
         check_fit(self.layout, self, model, model.max_seq_len)
+        check_zero(self.layout, self, precision, CompileConfig(enabled=self.compile))
         ranks, size = self.layout.data_size, self.micro_batch(global_batch_size)
         if global_batch_size % (ranks * size):
             raise LayoutError(
@@ -65,15 +84,22 @@ def parse(text: str) -> Arrangement:
     Raises:
         ConfigError: it can't be read.
     """
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
+    keys = [*(name for name in Arrangement.model_fields if name != "deepspeed"), *ZERO_KEYS]
     for setting in text.split(","):
         key, equals, value = setting.strip().partition("=")
-        if not equals or key not in Arrangement.model_fields:
+        if not equals or key not in keys:
             raise ConfigError(
-                f"layout {text!r}: {setting!r} is not of the form tp=2, with one of "
-                f"{', '.join(Arrangement.model_fields)}"
+                f"layout {text!r}: {setting!r} is not of the form tp=2, with one of {', '.join(keys)}"
             )
-        given[key] = value
+        if key in ZERO_KEYS:
+            given.setdefault("deepspeed", {})[key] = int(value) if value.isdecimal() else value
+        else:
+            given[key] = value
+    if "deepspeed" in given and given.get("engine") != "deepspeed":
+        raise ConfigError(
+            f"layout {text!r}: {next(iter(given['deepspeed']))} is DeepSpeed's: add engine=deepspeed"
+        )
     try:
         return Arrangement.model_validate(given)
     except ValidationError as error:
@@ -81,7 +107,30 @@ def parse(text: str) -> Arrangement:
         raise ConfigError(f"layout {text!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def arrangements(model: BaseModelConfig, world_size: int) -> Iterator[str]:
+def arrangements(model: BaseModelConfig, world_size: int, engine: Engine = "torch") -> Iterator[str]:
+    """What is sensible for a model on so many ranks with an engine."""
+    return _with_zero(model, world_size) if engine == "deepspeed" else _with_fsdp(model, world_size)
+
+
+def _with_zero(model: BaseModelConfig, world_size: int) -> Iterator[str]:
+    """Every stage over data-parallel ranks, and with what they may be combined with."""
+    whole = f"engine=deepspeed,dp_shard={world_size}"
+    yield from (f"{whole},{option}" for option in ZERO_OPTIONS)
+    if world_size == 1:
+        return
+    moe = isinstance(model, ModelConfig) and model.moe is not None
+    for sizes in _meshes(world_size):
+        if not sizes.keys() <= {"dp_shard", "tp", "cp"}:
+            continue
+        written = "engine=deepspeed," + ",".join(f"{name}={size}" for name, size in sizes.items())
+        if written != whole:
+            yield from (f"{written},stage={stage}" for stage in (1, 2, 3))
+        shards = sizes.get("dp_shard", 1) * sizes.get("cp", 1)
+        if moe and shards > 1:
+            yield from (f"{written},ep={shards},stage={stage}" for stage in (1, 2))
+
+
+def _with_fsdp(model: BaseModelConfig, world_size: int) -> Iterator[str]:
     """Everything that is sensible for a model on so many ranks: every dimension, all pairs (and threes) of them.
 
     Experts, where there are any, are shared out among as many ranks as can be.

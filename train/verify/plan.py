@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from model.config import BaseModelConfig
 from train.config import OptimizerConfig
 from train.config_file import load_config
 from train.errors import ConfigError
-from train.verify.arrangements import Arrangement, arrangements, parse
+from train.verify.arrangements import Arrangement, Engine, arrangements, parse
 from train.verify.shrink import describe_changes, shrink
 
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-4}
@@ -28,10 +29,18 @@ class Plan:
     """By name, as it is written."""
 
 
-def make_plan(config: str, overrides: Sequence[str], layouts: Sequence[str], worlds: str, steps: int) -> Plan:
+def make_plan(
+    config: str,
+    overrides: Sequence[str],
+    layouts: Sequence[str],
+    worlds: str,
+    steps: int,
+    engines: str = "torch",
+) -> Plan:
     """Read the configuration, whose data need not exist.
 
-    layouts: each as `parse` reads it, or `all`, which are those of `worlds`, such as `1,2,4`.
+    layouts: each as `parse` reads it, or `all`, which are those of `worlds`, such as `1,2,4`, with each of `engines`,
+    such as `torch,deepspeed`.
 
     Raises:
         ConfigError, LayoutError: the user's mistake.
@@ -44,7 +53,12 @@ def make_plan(config: str, overrides: Sequence[str], layouts: Sequence[str], wor
         sizes = sorted({arrangement.layout.world_size for _, arrangement in written})
     model = shrink(loaded.model, sizes)
     if not written:
-        names = [name for size in sizes for name in arrangements(model, size)]
+        names = [
+            name
+            for engine in _engines(engines)
+            for size in sizes
+            for name in arrangements(model, size, engine)
+        ]
         written = [(name, parse(name)) for name in names]
     return Plan(
         model,
@@ -54,6 +68,13 @@ def make_plan(config: str, overrides: Sequence[str], layouts: Sequence[str], wor
         2 * max(4, *sizes),
         written,
     )
+
+
+def _engines(text: str) -> list[Engine]:
+    known: tuple[Engine, ...] = get_args(Engine)
+    if not set(text.split(",")) <= set(known):
+        raise ConfigError(f"--engines {text}: give {' or '.join(known)}, or both with a comma between")
+    return [engine for engine in known if engine in text.split(",")]
 
 
 def _world_sizes(text: str) -> list[int]:

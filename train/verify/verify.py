@@ -33,7 +33,7 @@ def verify(
     order = [experiment.batches.order(step).tolist() for step in range(experiment.steps)]
     for name, arrangement in arrangements:
         try:
-            arrangement.check(experiment.model, experiment.global_batch_size)
+            arrangement.check(experiment.model, experiment.precision, experiment.global_batch_size)
             ranks = arrangement.layout.world_size
         except LayoutError as error:
             yield Finding(name, refused=str(error))
