@@ -39,12 +39,15 @@ class Case:
     """Other settings of DeepSpeed's."""
     frozen: str = " "
     """Parameters whose names hold this aren't trained."""
+    ranks: int = 2
 
     @property
     def name(self) -> str:
         """For a folder, and for a test."""
         words = [*self.model, *self.zero, *self.settings, self.frozen.strip()]
-        return "-".join(word for word in (f"zero{self.stage}", self.precision, *words) if word)
+        return "-".join(
+            word for word in (f"zero{self.stage}", self.precision, f"{self.ranks}-ranks", *words) if word
+        )
 
 
 def train_and_save(case: Case, folder: Path) -> dict[str, Tensor] | None:
@@ -110,6 +113,32 @@ def _gathered(deepspeed: Any, engine: Any, case: Case) -> dict[str, Tensor]:
         pairs = [pair for group in groups for pair in zip(*group, strict=True)]
         gathered |= {names[weight]: master.detach().clone() for weight, master in pairs}
     return gathered
+
+
+def save_tensor_parallel(folder: Path) -> dict[str, Tensor]:
+    """Runs in every worker: a model cut by DeepSpeed's AutoTP, after a step that changes nothing. Returns its weights.
+
+    Leaves DeepSpeed with groups of its own, so the workers are to be ended after it.
+    """
+    deepspeed = library.load(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | {"intermediate_size": 36}))
+    initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "tensor_parallel": {"autotp_size": dist.get_world_size()},
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    tokens = torch.randint(0, LLAMA["vocab_size"], (2, 9))
+    engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    engine.step()
+    engine.save_checkpoint(str(folder))
+    if dist.get_rank() == 0:
+        model.config.save_pretrained(folder)
+    return initial
 
 
 def to_universal(step: Path, out: Path) -> None:
