@@ -14,7 +14,8 @@ from tests.model.hugging_face import LlamaConfig, LlamaForCausalLM
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 61,
-    "hidden_size": 24,
+    "hidden_size": 27,
+    "head_dim": 6,
     "intermediate_size": 37,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -22,7 +23,11 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-"""Sizes that two ranks can't share evenly are among it."""
+"""Ranks can't share most of its weights evenly."""
+
+
+EVEN = {"hidden_size": 24, "intermediate_size": 36}
+"""Changes to LLAMA that let AutoTP cut it in two."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def save_tensor_parallel(folder: Path) -> dict[str, Tensor]:
     """
     deepspeed = library.load(torch.device("cpu"))
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA | {"intermediate_size": 36}))
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | EVEN))
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = {
         "train_micro_batch_size_per_gpu": 2,
