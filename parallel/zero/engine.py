@@ -18,6 +18,7 @@ from parallel.build import Blueprint
 from parallel.context import Context
 from parallel.cut import strides, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
+from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.gradients import global_norm, scale
 from parallel.loss_scale import GROWTH_INTERVAL
@@ -49,6 +50,10 @@ class DeepSpeedEngine(Engine):
         self.max_grad_norm = config.max_grad_norm
         self.stage = config.parallel.deepspeed.stage
         settings = _settings(config, mesh)
+        if config.precision == "fp16" and device.type == "cpu":
+            raise LayoutError(
+                "precision=fp16: DeepSpeed has none on a CPU: use precision=bf16, or parallel.engine=torch"
+            )
         context = Context(mesh.cp) if mesh.layout.cp > 1 else None
         dtype = COMPUTE_DTYPE[config.precision]
         check_blocks(config.model, config.activation_checkpoint, config.compile)

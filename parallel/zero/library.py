@@ -5,10 +5,12 @@ import logging
 import os
 import warnings
 from types import ModuleType
-
-import torch
+from typing import TYPE_CHECKING
 
 from parallel.errors import LayoutError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_installed() -> None:
@@ -20,7 +22,7 @@ def check_installed() -> None:
         )
 
 
-def load(device: torch.device) -> ModuleType:
+def load(device: "torch.device") -> ModuleType:
     """DeepSpeed for a kind of device, with its messages in this process's log.
 
     Its operator for collectives through shared memory is left out: it would be compiled at the first start, in which
