@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from parallel.processes import process_group
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import Config
+from train.deepspeed_checkpoint.folder import find_step
+from train.deepspeed_checkpoint.read import read_weights
 from train.errors import RunError
 from train.evaluate_run import load_run
 from train.run_folder import RunFolder, to_yaml
@@ -77,15 +80,34 @@ def export_run(run: str, out: Path) -> str:
     return architecture.class_name
 
 
-def import_run(source: Path, out: Path, data_path: str) -> ModelConfig:
+@dataclass(frozen=True)
+class Imported:
+    """What `import_run` made a run of."""
+
+    model: ModelConfig
+    weights: Path
+    """The folder that they were read from."""
+
+
+def import_run(source: Path, out: Path, data_path: str, config_file: Path | None = None) -> Imported:
     """Make a run of a Hugging Face folder: a checkpoint of step 0, from which to generate, evaluate or train on.
+
+    Where DeepSpeed saved a checkpoint in the folder, the fp32 weights in it are taken, even if weights in 16 bits lie
+    beside it, as transformers' own trainer leaves them.
+
+    config_file: the model's config.json; otherwise the folder's, or the one beside the folder of a step.
 
     Raises:
         ConversionError: the architecture isn't known here.
         RunError: the folder lacks something, or `out` exists.
     """
-    architecture, model = read_config(_read_json(source / "config.json"))
-    tensors = import_weights(architecture, model, _read_tensors(source))
+    if not source.is_dir():
+        raise RunError(f"{source}: no such folder: give one that `save_pretrained` or DeepSpeed wrote")
+    step = find_step(source)
+    config_file = config_file or _config_file(source, step)
+    architecture, model = read_config(_read_json(config_file))
+    weights = _read_tensors(source) if step is None else read_weights(step)
+    tensors = import_weights(architecture, model, weights)
     _make_folder(out)
     folder = RunFolder(out)
     config = Config.model_validate(
@@ -97,12 +119,19 @@ def import_run(source: Path, out: Path, data_path: str) -> ModelConfig:
     )
     folder.config.write_text(to_yaml(config))
     for name in _TOKENIZERS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder.tokenizer)
+        if (tokenizer := config_file.parent / name).is_file():
+            shutil.copyfile(tokenizer, folder.tokenizer)
     named = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with process_group(torch.device("cpu")):
         checkpoint.save(folder.checkpoints, named, Progress(step=0, tokens=0, data={}), keep=1)
-    return model
+    return Imported(model, source if step is None else step)
+
+
+def _config_file(source: Path, step: Path | None) -> Path:
+    beside = source.parent / "config.json"
+    if step == source and not (source / "config.json").is_file() and beside.is_file():
+        return beside
+    return source / "config.json"
 
 
 def _read_tensors(source: Path) -> dict[str, Tensor]:
@@ -121,7 +150,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text())
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror}: give a folder that `save_pretrained` wrote") from None
+        raise RunError(
+            f"{path}: {error.strerror}: give a folder that `save_pretrained` wrote, or `--config` its file"
+        ) from None
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

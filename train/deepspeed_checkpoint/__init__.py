@@ -1,0 +1,1 @@
+"""Reading what DeepSpeed's engines save, without DeepSpeed: weights by their names, in fp32."""
