@@ -83,6 +83,11 @@ def library_config(
     given = _flat(section.config)
     for key in given:
         _refuse_foreign(key)
+    if given.get("zero_optimization.round_robin_gradients"):
+        raise LayoutError(
+            "parallel.deepspeed.config has zero_optimization.round_robin_gradients=True, under which DeepSpeed 0.19 "
+            "takes weights for each other when they are saved: leave it out"
+        )
     for key, (ours, value) in said.items():
         if given.get(key, value) not in (value, "auto"):
             raise LayoutError(

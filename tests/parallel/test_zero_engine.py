@@ -238,6 +238,7 @@ def test_raw_keys_are_merged() -> None:
             {"optimizer": {"type": "Adam"}},
             "has optimizer.type, which the optimizer section says: leave it out",
         ),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "when they are saved: leave it out"),
         ({"train_batch_size": 64}, "has train_batch_size, which data.global_batch_size says: leave it out"),
     ],
 )
