@@ -54,6 +54,31 @@ def test_samples_are_those_of_one_process(
     assert _sample(tmp_path / "one") == _sample(tmp_path / "two") != ""
 
 
+ENGINES = [
+    (2, ["parallel.engine=deepspeed", "evaluation.sample_every_steps=2"]),
+    (2, []),
+    (1, ["parallel.engine=deepspeed", "parallel.deepspeed.stage=3"]),
+    (4, ["parallel.engine=deepspeed", "parallel.deepspeed.stage=1", "parallel.tp=2"]),
+]
+"""Processes, engine and layout of every two steps."""
+
+
+@pytest.mark.slow
+def test_moves_from_engine_to_engine(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
+    common = [f"run.dir={tmp_path}", "evaluation.every_steps=2", "evaluation.sequences=4"]
+    pools[1].run(train_here, tiny_config, [*common, "run.name=one", f"run.steps={2 * len(ENGINES)}"])
+    for number, (world, engine) in enumerate(ENGINES, start=1):
+        overrides = [*common, "run.name=moving", f"run.steps={2 * number}", *engine]
+        pools[world].run(train_here, tiny_config, overrides)
+    assert _sample(tmp_path / "moving") != ""
+    one, moved = (read_metrics(RunFolder(tmp_path / name)) for name in ("one", "moving"))
+    assert [row["step"] for row in moved] == [row["step"] for row in one]
+    for here, there in zip(one, moved, strict=True):
+        assert there["data_order_digest"] == here["data_order_digest"]
+        for key in here.keys() & {"loss", "grad_norm", "validation_loss"}:
+            assert there[key] == pytest.approx(here[key], rel=1e-5), (here["step"], key)
+
+
 def _sample(folder: Path) -> str:
     """The text in the run's TensorBoard events."""
     events = EventAccumulator(str(folder / "tensorboard"))
