@@ -49,6 +49,10 @@ class RunConfig(Section):
     wall_time: Seconds | None = None
     """Save and stop after this long, such as `90m` or `1h30m`; the run can be resumed."""
 
+    grace_time: Seconds = 120
+    """How long a run that a signal asked to stop may take to finish its step and save; on Slurm the signal comes this
+    long before the time limit."""
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if self.steps is not None and self.tokens is not None:

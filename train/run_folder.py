@@ -38,6 +38,8 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
+        self.stopped = path / "stopped"
+        """There while a run that a signal stopped waits to be started again."""
 
 
 def folder_of(config: Config) -> RunFolder:
@@ -92,6 +94,7 @@ def create(folder: RunFolder, plan: Plan) -> None:
     try:
         for path in (folder.checkpoints, folder.tensorboard, folder.logs):
             path.mkdir(parents=True, exist_ok=True)
+        folder.stopped.unlink(missing_ok=True)
         folder.config.write_text(to_yaml(plan.config))
         for name in ("dataset.json", *plan.dataset.files):
             shutil.copyfile(plan.dataset.path / name, folder.path / name)

@@ -15,6 +15,7 @@ from train.metrics import ExpertLoad, Metrics, peak_memory_bytes
 from train.monitor import Monitor
 from train.resolve import Plan
 from train.schedule import learning_rate
+from train.stop import Stop, Stopped
 
 
 class Engine(Protocol):
@@ -81,11 +82,17 @@ class Trainer:
         self.step = self._saved = start
         self._pending: Pending | None = None
 
-    def train(self) -> int:
-        """Run to the end. Returns the last step done, of which there is a checkpoint."""
+    def train(self, stop: Stop) -> int:
+        """Run to the end. Returns the last step done, of which there is a checkpoint.
+
+        Raises:
+            Stopped: some rank was asked to stop before the end; there is a checkpoint all the same.
+        """
         deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
         self.start_clock()
-        while self.step != self.plan.total_steps and not any_rank(time.monotonic() > deadline):
+        while self.step != self.plan.total_steps and not any_rank(
+            stop.requested is not None or time.monotonic() > deadline
+        ):
             self.step += 1
             self.train_step()
             if self._due(self.config.evaluation.every_steps) or self._is_last():
@@ -96,6 +103,8 @@ class Trainer:
                 self._pause(self._save)
         if self._saved != self.step:
             self._pause(self._save)
+        if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
+            raise Stopped(f"stopped by a signal after step {self.step}, which is saved")
         return self.step
 
     def start_clock(self) -> None:
