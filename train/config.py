@@ -16,6 +16,7 @@ from data.config import DataConfig
 from model.config import BaseModelConfig, ModelConfig
 from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from slurm.config import SlurmConfig
 from train.duration import parse_seconds
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
@@ -146,6 +147,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "Config":

@@ -2,7 +2,7 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, plot, prepare, train, verify
+from train.cli import config, convert, evaluate, generate, plot, prepare, submit, train, verify
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -14,6 +14,7 @@ app = typer.Typer(
 )
 app.command()(prepare.prepare)
 app.command()(train.train)
+app.command()(submit.submit)
 app.command()(generate.generate)
 app.command()(verify.verify)
 app.command()(evaluate.evaluate)
