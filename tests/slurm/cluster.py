@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from train.stop import die_with_parent
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 HOW_TO_GET_THEM = "Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge"
 _SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -91,6 +93,7 @@ class Cluster:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _start_munge(self) -> None:

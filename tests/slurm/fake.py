@@ -13,6 +13,7 @@ run=$(dirname "$0")
 if [ "$2" = check ]; then
   . "$run/check.sh" "${@: -2}"
 else
+  . "$run/start.sh"
   # a shell, unlike Python, can't act on signals that were ignored when it started
   run=$run exec env --default-signal=TERM,USR2 bash "$run/train.sh"
 fi
@@ -32,9 +33,12 @@ for _ in $(seq 600); do sleep 0.1; done
 
 
 class FakeRun:
-    """A run in `folder`, whose ranks run the lines `train` and whose nodes are checked by the lines `check`."""
+    """A run in `folder`, whose ranks run the lines `train` and whose nodes are checked by the lines `check`.
 
-    def __init__(self, folder: Path, train: str, check: str = HEALTHY) -> None:
+    While they run the lines `start`, ranks can't act on signals yet.
+    """
+
+    def __init__(self, folder: Path, train: str, check: str = HEALTHY, start: str = "") -> None:
         self.folder = folder
         folder.mkdir(parents=True)
         stand_in = folder / "python"
@@ -42,6 +46,7 @@ class FakeRun:
         stand_in.chmod(0o755)
         (folder / "train.sh").write_text(train)
         (folder / "check.sh").write_text(check)
+        (folder / "start.sh").write_text(start)
         self.job = Job(
             name=folder.name,
             folder=folder,

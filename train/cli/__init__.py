@@ -2,7 +2,7 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, plot, prepare, submit, train, verify
+from train.cli import config, convert, evaluate, generate, jobs, plot, prepare, submit, train, verify
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -15,6 +15,8 @@ app = typer.Typer(
 app.command()(prepare.prepare)
 app.command()(train.train)
 app.command()(submit.submit)
+for command in (jobs.jobs, jobs.logs, jobs.cancel, jobs.tensorboard):
+    app.command()(command)
 app.command()(generate.generate)
 app.command()(verify.verify)
 app.command()(evaluate.evaluate)
