@@ -78,28 +78,57 @@ def build_shards(
     5. compile block by block, inside of sharding, whose hooks can't be compiled;
     6. shard.
     """
-    if compilation.enabled or activation_checkpoint.mode != "none":
-        _check_blocks(model_config)
+    check_blocks(model_config, activation_checkpoint, compilation)
     blueprint = Blueprint(model_config, parallel, mesh, context)
-    by_budget: Budgeted | None = None
-    if activation_checkpoint.memory_budget is not None:
-        kept = measure(blueprint, COMPUTE_DTYPE[precision], micro_batch)
-        by_budget = budgeted(kept, activation_checkpoint.memory_budget)
-    recompute = recompute_by_name(activation_checkpoint) if by_budget is None else by_budget.recompute
+    by_budget = by_memory(blueprint, activation_checkpoint, precision, micro_batch)
     laid_out = LaidOut([], [], {}, by_budget)
     for stage in blueprint.stages:
         built = blueprint.build(stage, master_dtype(precision))
-        checkpoint_activations(built.model, recompute)
-        if compilation.enabled:
-            for layer in built.model.layers:
-                layer.compile()
+        prepare_layers(built.model, activation_checkpoint, by_budget, compilation)
         laid_out.roots.append(shard(built.model.layers, built.root, mesh, parallel, precision))
         laid_out.models.append(built.model)
         laid_out.cuts.update(built.cuts)
     return laid_out
 
 
-def _check_blocks(config: BaseModelConfig) -> None:
+def by_memory(
+    blueprint: Blueprint,
+    activation_checkpoint: ActivationCheckpointConfig,
+    precision: Precision,
+    micro_batch: tuple[int, int],
+) -> Budgeted | None:
+    """How blocks recompute where a budget for (B, T) decides that, else None.
+
+    Raises LayoutError where activations can't be kept within it.
+    """
+    if activation_checkpoint.memory_budget is None:
+        return None
+    kept = measure(blueprint, COMPUTE_DTYPE[precision], micro_batch)
+    return budgeted(kept, activation_checkpoint.memory_budget)
+
+
+def prepare_layers(
+    model: Model,
+    activation_checkpoint: ActivationCheckpointConfig,
+    by_budget: Budgeted | None,
+    compilation: CompileConfig,
+) -> None:
+    """Let layers recompute, then compile them, in place."""
+    recompute = recompute_by_name(activation_checkpoint) if by_budget is None else by_budget.recompute
+    checkpoint_activations(model, recompute)
+    if compilation.enabled:
+        # a block that comes in too many kinds would otherwise go on uncompiled
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for layer in model.layers:
+            layer.compile()
+
+
+def check_blocks(
+    config: BaseModelConfig, activation_checkpoint: ActivationCheckpointConfig, compilation: CompileConfig
+) -> None:
+    """Raises LayoutError where what is asked for needs blocks, and the model has none."""
+    if not compilation.enabled and activation_checkpoint.mode == "none":
+        return
     with torch.device("meta"):
         has_blocks = bool(build_model(config).layers)
     if not has_blocks:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from parallel.sizes import parse_bytes
 from parallel.stages import MANY_STAGES, Schedule
+from parallel.zero.config import DeepSpeedConfig
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
@@ -15,8 +16,10 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    engine: Literal["torch"] = "torch"
-    """What shards and steps the model: torch's FSDP2."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What shards and steps the model: torch's FSDP2, or DeepSpeed's ZeRO."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Of the engine deepspeed alone."""
     dp_replicate: int = Field(1, ge=1)
     """Groups of data-parallel ranks that each hold a whole copy of the weights."""
     dp_shard: int = -1

@@ -94,7 +94,7 @@ def view(shard: DTensor, cut: Cut, mesh: Mesh) -> DTensor:
         (*cuts, *shard.placements),
         run_check=False,
         shape=torch.Size(cut.shape),
-        stride=_strides(cut.shape),
+        stride=strides(cut.shape),
     )
 
 
@@ -109,5 +109,6 @@ def holders(shard: DTensor, cut: Cut, mesh: Mesh) -> tuple[dist.ProcessGroup, ..
     return tuple(group for group in groups if group.size() > 1)
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))

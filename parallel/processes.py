@@ -1,7 +1,9 @@
 """Processes and their group: joining the launcher's, being one alone, or starting a pool of gloo workers."""
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -80,6 +82,7 @@ class WorkerPool:
 
     def __init__(self, size: int, threads: int = 1) -> None:
         self.size = size
+        self.closed = False
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="trireme-pool-")
         store = str(Path(self._folder.name) / "store")
@@ -109,15 +112,26 @@ class WorkerPool:
                 try:
                     succeeded, value = self._pipes[rank].recv()
                 except EOFError:
-                    succeeded, value = False, "the process ended"
+                    succeeded, value = False, self._how_it_ended(rank)
                 if not succeeded:
                     self.close()
                     raise RuntimeError(f"rank {rank} of {self.size} failed: {value}")
                 outcomes[rank] = value
         return [outcomes[rank] for rank in range(self.size)]
 
+    def _how_it_ended(self, rank: int) -> str:
+        self._processes[rank].join()
+        code = self._processes[rank].exitcode
+        assert code is not None
+        return (
+            f"the process ended by {signal.Signals(-code).name}"
+            if code < 0
+            else f"it ended with exit code {code}"
+        )
+
     def close(self) -> None:
         """End the processes."""
+        self.closed = True
         for process in self._processes:
             process.kill()
             process.join()
@@ -131,11 +145,13 @@ class WorkerPool:
 
 
 class WorkerPools(dict[int, WorkerPool]):
-    """Pools by their size, each started when it is first asked for. Use as a context manager."""
+    """Pools by their size, each started when it is first asked for, and anew after a failure. A context manager."""
 
-    def __missing__(self, size: int) -> WorkerPool:
-        self[size] = WorkerPool(size)
-        return self[size]
+    def __getitem__(self, size: int) -> WorkerPool:
+        pool = self.get(size)
+        if pool is None or pool.closed:
+            pool = self[size] = WorkerPool(size)
+        return pool
 
     def __enter__(self) -> "WorkerPools":
         return self
@@ -147,6 +163,7 @@ class WorkerPools(dict[int, WorkerPool]):
 
 def _serve(rank: int, size: int, store: str, threads: int, pipe: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    faulthandler.enable()
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
     while True:

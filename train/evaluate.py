@@ -1,11 +1,11 @@
 """How good a model is: its loss on the validation split."""
 
 from data.stream import validation_batches
-from parallel.engine import TorchEngine
+from parallel.engine import Engine
 from train.config import Config
 
 
-def validation_loss(engine: TorchEngine, config: Config) -> float:
+def validation_loss(engine: Engine, config: Config) -> float:
     """The mean loss over the targets of the validation split, each counted once; all ranks call it together."""
     batches = validation_batches(
         config.data.path,

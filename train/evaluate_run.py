@@ -20,7 +20,7 @@ from train.config_file import Loaded
 from train.errors import RunError
 from train.evaluate import validation_loss
 from train.resolve import resolve
-from train.run import make_engine
+from train.run import engine_of
 from train.run_folder import RunFolder, open_run
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ def evaluate_run(path: str, sequences: int | None) -> Evaluation:
     newest = _newest(folder)
     device = pick_device()
     with process_group(device):
-        engine = make_engine(plan, device)
-        checkpoint.load_tensors(newest, engine.weights())
+        engine = engine_of(plan, device)
+        engine.restore(lambda tensors: checkpoint.load_tensors(newest, tensors), weights_only=True)
         loss = validation_loss(engine, config)
     return Evaluation(checkpoint_folder.load_progress(newest).step, loss)
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo, open_dataset
 from data.stream import SEEDS
@@ -13,6 +14,8 @@ from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
 from parallel.fit import check_budget, check_fit, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
+from parallel.zero.config import library_config
+from parallel.zero.fit import check_zero
 from train.config import Config
 from train.config_file import Loaded
 from train.errors import ConfigError
@@ -69,6 +72,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     _check_kernel(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
     check_fit(layout, config.parallel, config.model, dataset.seq_len)
+    check_zero(layout, config.parallel, config.precision, config.compile)
     budget, micro_batch = config.activation_checkpoint.memory_budget, config.data.micro_batch_size
     shape = micro_batch, dataset.seq_len
     check_budget(layout, config.parallel, config.precision, config.model, budget, shape)
@@ -155,10 +159,13 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
         raise ConfigError(
             f"evaluation.sample_every_steps: a model of type {model.type} generates nothing: leave it out"
         )
-    if config.parallel.pp > 1:
+    parted = f"parallel.pp={config.parallel.pp}" if config.parallel.pp > 1 else ""
+    if config.parallel.engine == "deepspeed" and config.parallel.deepspeed.stage == 3:
+        parted = "parallel.deepspeed.stage=3"
+    if parted:
         raise ConfigError(
-            f"evaluation.sample_every_steps: with parallel.pp={config.parallel.pp} no rank has the whole model that "
-            f"would generate: leave it out, and use `trireme generate` on the run"
+            f"evaluation.sample_every_steps: with {parted} no rank has the whole model that would generate: leave it "
+            f"out, and use `trireme generate` on the run"
         )
     refines = model.type == "flow_matching"
     if model.attention.mask_type == "bidirectional" and not refines:
@@ -207,3 +214,20 @@ def _check_batch(config: Config, layout: Layout) -> None:
             f"or another micro-batch size"
         )
     check_micro_batches(config.parallel, whole // at_once)
+    if config.parallel.engine == "deepspeed":
+        deepspeed_config(config, layout)
+
+
+def deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
+    """What DeepSpeed is given by the configuration.
+
+    Raises:
+        LayoutError: its own keys in parallel.deepspeed.config contradict the rest.
+    """
+    return library_config(
+        config.parallel.deepspeed,
+        config.precision,
+        micro_batch_size=config.data.micro_batch_size,
+        accumulation_steps=config.data.global_batch_size // (config.data.micro_batch_size * layout.data_size),
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from data.stream import TrainingStream
 from model.build import build_model
 from model.count import flops_per_token
-from parallel.engine import TorchEngine
+from parallel.engine import Engine, EngineConfig
+from parallel.engines import make_engine
 from parallel.hardware import peak_flops
-from parallel.mesh import mesh_of
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
@@ -39,7 +39,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
-    engine = make_engine(plan, device)
+    engine = engine_of(plan, device)
     stream = TrainingStream(
         config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
     )
@@ -76,23 +76,22 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         stream.close()
 
 
-def make_engine(plan: Plan, device: torch.device) -> TorchEngine:
+def engine_of(plan: Plan, device: torch.device) -> Engine:
     """The engine of the configuration, with initial weights."""
     config = plan.config
-    return TorchEngine(
+    settings = EngineConfig(
         config.model,
         config.parallel,
         config.precision,
         config.activation_checkpoint,
         config.compile,
-        mesh=mesh_of(plan.layout, device.type),
-        device=device,
-        make_optimizer=lambda model: make_optimizer(model, config.optimizer),
         micro_batch_size=config.data.micro_batch_size,
+        global_batch_size=config.data.global_batch_size,
         seq_len=plan.dataset.seq_len,
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.run.seed,
     )
+    return make_engine(settings, plan.layout, device, lambda model: make_optimizer(model, config.optimizer))
 
 
 def newest_checkpoint(folder: RunFolder) -> Path | None:
@@ -104,23 +103,23 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     return found[0]
 
 
-def _resume(folder: RunFolder, engine: TorchEngine, stream: TrainingStream) -> int:
+def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> int:
     """Load the newest checkpoint into engine and stream. Returns its step, or 0 where there is none."""
     path = newest_checkpoint(folder)
     if path is None:
         return 0
     progress = checkpoint_folder.load_progress(path)
-    if progress.step == 0:  # imported: weights, and nothing of a training
-        checkpoint.load_tensors(path, engine.weights())
+    imported = progress.step == 0  # weights, and nothing of a training
+    engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors), weights_only=imported)
+    if imported:
         return 0
-    checkpoint.load_tensors(path, engine.state())
     log.debug("loaded %s", path)
     stream.load_state_dict(progress.data)
     return progress.step
 
 
 def _make_hooks(
-    plan: Plan, folder: RunFolder, engine: TorchEngine, stream: TrainingStream, monitor: Monitor
+    plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor
 ) -> Hooks:
     config = plan.config
 

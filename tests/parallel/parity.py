@@ -18,11 +18,11 @@ from model.initialize import initialize
 from model.loss import IGNORE_INDEX
 from model.models import parse_model
 from model.moe import take_expert_counts, update_balance
+from parallel import engines
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
-from parallel.engine import TorchEngine
+from parallel.engine import Engine, EngineConfig
 from parallel.fsdp import master_dtype
 from parallel.layout import Layout
-from parallel.mesh import mesh_of
 
 MODEL = {
     "vocab_size": 67,
@@ -72,25 +72,25 @@ def config_of(model: dict[str, Any]) -> ModelConfig:
 
 def make_engine(
     layout: dict[str, int], micro: int, precision: str, parallel: dict[str, Any], model: dict[str, Any]
-) -> TorchEngine:
+) -> Engine:
     """An engine in a worker process."""
     settings = dict(parallel)
     checkpointing = settings.pop("activation_checkpoint", {"mode": "none"})
     compiled = settings.pop("compile", False)
-    return TorchEngine(
+    torch.compiler.reset()  # code compiled for other engines counts towards the limit of kinds
+    config = EngineConfig(
         config_of(model),
         ParallelConfig(**layout, **settings),
         precision,  # type: ignore[arg-type]
         ActivationCheckpointConfig(**checkpointing),
         CompileConfig(enabled=compiled),
-        mesh=mesh_of(Layout(**layout), "cpu"),
-        device=torch.device("cpu"),
-        make_optimizer=optimizer,
         micro_batch_size=micro,
+        global_batch_size=GLOBAL_BATCH,
         seq_len=SEQ_LEN,
         max_grad_norm=CLIP,
         seed=3,
     )
+    return engines.make_engine(config, Layout(**layout), torch.device("cpu"), optimizer)
 
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def share_of(engine: TorchEngine, step: int, names: tuple[str, ...] = ("tokens",)) -> Batch:
+def share_of(engine: Engine, step: int, names: tuple[str, ...] = ("tokens",)) -> Batch:
     """This rank's share of a global batch."""
     shares = list(global_batch(step, names).micro_batches(GLOBAL_BATCH // engine.layout.data_size))
     return shares[engine.mesh.data_rank]

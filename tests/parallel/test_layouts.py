@@ -165,7 +165,7 @@ def settings_of(section: dict[str, Any]) -> list[str]:
     for name, value in section.items():
         if isinstance(value, dict):
             found += [f"{name}.{inner}" for inner in settings_of(value)] or [name]
-        elif isinstance(value, bool | str):
+        elif isinstance(value, bool | str) or name == "stage":
             found.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
     return found
 

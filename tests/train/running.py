@@ -18,9 +18,11 @@ def train_here(config: str, overrides: list[str]) -> int:
     plan = resolve(load_config(config, overrides), world_size=dist.get_world_size())
     folder = run_folder.folder_of(plan.config)
     run_folder.check_same_run(folder, plan)
+    dist.barrier()  # none looks at what the first one writes
     if dist.get_rank() == 0:
         run_folder.create(folder, plan)
     dist.barrier()
+    torch.compiler.reset()  # the code compiled for other runs counts towards its limit
     return run(plan, torch.device("cpu"))
 
 

@@ -1,9 +1,12 @@
 """`trireme config`"""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 
@@ -29,6 +32,20 @@ def show(
     width = max(len(text) for text, _ in rows)
     for text, source in rows:
         print(f"{text:<{width}}  # {source}")
+    if loaded.config.parallel.engine == "deepspeed":
+        _show_deepspeed(loaded.config)
+
+
+def _show_deepspeed(config: "Config") -> None:
+    """What DeepSpeed is given; how much is accumulated depends on the number of processes."""
+    import json
+
+    from parallel.layout import resolve_layout
+    from train.resolve import deepspeed_config, wanted_world_size
+
+    layout = resolve_layout(config.parallel, wanted_world_size(config))
+    print(f"\n# DeepSpeed's configuration, for {layout.world_size} process(es):")
+    print(json.dumps(deepspeed_config(config, layout), indent=2))
 
 
 @app.command("list")

@@ -20,10 +20,10 @@ from model.loss import IGNORE_INDEX
 from model.model import Model
 from model.moe import take_expert_counts, update_balance
 from parallel.config import CompileConfig, Precision
-from parallel.engine import TorchEngine
+from parallel.engine import Engine, EngineConfig
+from parallel.engines import make_engine
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE, master_dtype
-from parallel.mesh import mesh_of
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import OptimizerConfig
@@ -161,26 +161,24 @@ def _hush() -> None:
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
 
 
-def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) -> TorchEngine:
-    return TorchEngine(
+def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) -> Engine:
+    config = EngineConfig(
         experiment.model,
         arrangement,
         experiment.precision,
         arrangement.activation_checkpoint,
         CompileConfig(),
-        mesh=mesh_of(arrangement.layout, "cpu"),
-        device=torch.device("cpu"),
-        make_optimizer=lambda model: make_optimizer(model, experiment.optimizer),
         micro_batch_size=arrangement.micro_batch(experiment.global_batch_size),
+        global_batch_size=experiment.global_batch_size,
         seq_len=experiment.model.max_seq_len,
         max_grad_norm=experiment.optimizer.max_grad_norm,
         seed=seed,
     )
+    settings, device = experiment.optimizer, torch.device("cpu")
+    return make_engine(config, arrangement.layout, device, lambda model: make_optimizer(model, settings))
 
 
-def _train(
-    engine: TorchEngine, experiment: Experiment, steps: Iterable[int], curve: Curve
-) -> list[list[int]]:
+def _train(engine: Engine, experiment: Experiment, steps: Iterable[int], curve: Curve) -> list[list[int]]:
     """Add to the curve; returns the ids of the sequences of each step."""
     ids = []
     for step in steps:
@@ -203,7 +201,7 @@ def _go_on_elsewhere(
 ) -> float:
     """The largest difference of a run that goes on from a checkpoint of a step, over what another seed made."""
     engine = _make_engine(experiment, arrangement, experiment.seed + 1)
-    checkpoint.load_tensors(path, engine.state())
+    engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors))
     curve = Curve([], [])
     _train(engine, experiment, range(step, experiment.steps), curve)
     return max(
@@ -213,7 +211,7 @@ def _go_on_elsewhere(
     )
 
 
-def _weights_apart(engine: TorchEngine, experiment: Experiment) -> float:
+def _weights_apart(engine: Engine, experiment: Experiment) -> float:
     """The largest difference, by a tensor's largest element, or an optimizer's step where none is as large."""
     expected = load_file(experiment.folder / FINAL)
     apart = []

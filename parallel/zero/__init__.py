@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO: the second engine (Rajbhandari et al. 2020)."""
