@@ -78,13 +78,16 @@ leave_out() { # nodes that the job shall not start on; Slurm takes it of a job t
   scontrol update "JobId=$job" "ExcNodeList=${out:+$out,}$1" || say "can't leave out $1"
 }
 
-address() { # of this node, as the others reach it
+own_address() { # of the node that this runs on, as the others reach it
+  local each
   if [ -n "$interface" ]; then
     ip -4 -o addr show dev "$interface" | sed -n 's/.* inet \([0-9.]*\).*/\1/p' | head -n 1
   elif [ "$address" = hostname ]; then
     hostname
   else
-    scontrol show node -o "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+    for each in $node_addresses; do
+      [ "${each%%=*}" != "$SLURMD_NODENAME" ] || echo "${each#*=}"
+    done
   fi
 }
 
@@ -112,8 +115,8 @@ launch() { # start the processes, which ignore signals until they can act on the
   rm -f "$run/stopped"
   if [ "$launcher" = torchrun ]; then
     srun "${srun_options[@]}" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1 "${inside[@]}" \
-      bash -c 'trap "" TERM INT USR1 USR2; exec "$@"' bash "$python" -m torch.distributed.run \
-      "${torchrun_options[@]}" --nnodes="$SLURM_JOB_NUM_NODES" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+      bash -c 'trap "" TERM INT USR1 USR2; exec "$0" -m torch.distributed.run --local-addr="$(own_address)" "$@"' \
+      "$python" "${torchrun_options[@]}" --nnodes="$SLURM_JOB_NUM_NODES" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
       --rdzv-id="$job.$start" "${train[@]}" "$run/$config" &
   else
     srun "${srun_options[@]}" --ntasks-per-node="$processes" --cpus-per-task="$cpus" --kill-on-bad-exit=1 \
@@ -138,7 +141,11 @@ launch() { # start the processes, which ignore signals until they can act on the
 preempted() { scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; }
 
 begin
-MASTER_ADDR=$(address)
+node_addresses=$(scontrol show node -o "$SLURM_JOB_NODELIST" |
+  sed -n 's/NodeName=\([^ ]*\) .*NodeAddr=\([^ ]*\).*/\1=\2/p')
+export interface address node_addresses
+export -f own_address
+MASTER_ADDR=$(own_address)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + start) % 6000))
 export MASTER_ADDR MASTER_PORT
 [ "$health" = no ] || check_nodes alone

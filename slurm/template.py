@@ -139,7 +139,14 @@ def _mounts(job: Job, config: SlurmConfig) -> list[str]:
 
 
 def _exports(config: SlurmConfig) -> Iterator[str]:
-    given = {"OMP_NUM_THREADS": str(config.cpus_per_process), "PYTHONUNBUFFERED": "1"}
+    given = {
+        "OMP_NUM_THREADS": str(config.cpus_per_process),
+        "PYTHONUNBUFFERED": "1",
+        # torchrun tells workers to end only if another failed, and then there is nothing to wait for
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+        # a store for each round: agents count restarts apart, and in a shared one their workers would never meet
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     if config.interface is not None:
         given |= {"NCCL_SOCKET_IFNAME": config.interface, "GLOO_SOCKET_IFNAME": config.interface}
     for name, value in (given | config.environment).items():

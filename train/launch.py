@@ -57,6 +57,8 @@ def _run_torchrun(processes: int, command: Sequence[str]) -> int:
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # torchrun tells workers to end only if another failed, and then there is nothing to wait for
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     options = ["--standalone", f"--nproc-per-node={processes}", "--signals-to-handle=SIGQUIT"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     sys.stdout.flush()

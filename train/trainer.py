@@ -104,7 +104,7 @@ class Trainer:
         if self._saved != self.step:
             self._pause(self._save)
         if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
-            raise Stopped(f"stopped by a signal after step {self.step}, which is saved")
+            raise Stopped(f"stopped by a signal after step {self.step}")
         return self.step
 
     def start_clock(self) -> None:

@@ -7,15 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from parallel.processes import WorkerPool
 from slurm.history import read_events
-from tests.slurm.cluster import Cluster, wait_at_most
+from tests.slurm.cluster import Cluster, job_id, wait_at_most
 from tests.train.running import losses, train_here
+from train.checkpoint_folder import newest_step
+from train.errors import ConfigError
 from train.jobs import rows
 from train.submission import hand_in, prepare
 
@@ -214,3 +218,63 @@ def _processes_of(cluster: Cluster, scenarios: Scenarios, name: str, module: byt
         if started and str(scenarios.folder / name).encode() in b" ".join(command):
             found.append(process)
     return found
+
+
+def test_an_array_is_a_run_for_each_value(cluster: Cluster, tiny_config: str, tmp_path: Path) -> None:
+    settings = [f"run.dir={tmp_path}", "run.name=sweep", "run.steps=3", "slurm.health.enabled=false"]
+    sweep = ["--array", "optimizer.lr=1e-2,1e-3"]
+    shown = trireme("submit", tiny_config, *settings, "slurm.bind_cpus=false", "slurm.launcher=srun", *sweep)
+    assert job_id(shown)
+    with wait_at_most(900) as waits:
+        for _ in waits:
+            found = rows(str(tmp_path))
+            if [row.history.state for row in found] == ["DONE", "DONE"]:
+                break
+    assert [row.run.name for row in found] == ["sweep-0", "sweep-1"]
+    assert [row.steps[-1]["lr"] for row in found] == [1e-2, 1e-3]
+
+
+def test_a_cancelled_run_is_saved_and_goes_on_when_submitted_again(
+    cluster: Cluster, tiny_config: str, tmp_path: Path
+) -> None:
+    settings = [f"run.dir={tmp_path}", "run.steps=6", "slurm.health.enabled=false", "slurm.launcher=srun"]
+    settings += ["slurm.bind_cpus=false", f"slurm.environment.PYTHONPATH={PATH}"]
+    slow = [*settings, "slurm.environment.STEP_SECONDS='3'"]
+    hand_in(prepare(tiny_config, slow), 1, ["trireme"])
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match="has a job already"):
+        hand_in(prepare(tiny_config, slow), 1, ["trireme"])
+    with wait_at_most(900) as waits:
+        for _ in waits:
+            if (run / "metrics.jsonl").exists() and losses(run):
+                break
+    assert rows(str(tmp_path))[0].cells()[2] == "RUNNING"
+    assert "cancelled" in trireme("cancel", str(run))
+    with wait_at_most(300) as waits:
+        for _ in waits:
+            (row,) = rows(str(tmp_path))
+            if row.history.state == "CANCELLED":
+                break
+    assert newest_step(run / "checkpoints") == len(losses(run)) > 0
+    hand_in(prepare(tiny_config, settings), 1, ["trireme"])
+    with wait_at_most(900) as waits:
+        for _ in waits:
+            if rows(str(tmp_path))[0].history.state == "DONE":
+                break
+    assert [step for step, _, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_is_served_here_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from train.cli import main; main()", "tensorboard", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as served:
+        assert served.stdout is not None
+        address = served.stdout.readline().split()[-1]
+        assert f"-L {address.rpartition(':')[2]}:localhost:" in served.stdout.readline()
+        try:
+            with wait_at_most(120) as waits:
+                for _ in waits:
+                    with suppress(OSError), urllib.request.urlopen(address) as page:
+                        assert page.status == 200
+                        break
+        finally:
+            served.kill()
