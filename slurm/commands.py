@@ -11,9 +11,11 @@ from slurm.errors import SlurmError
 _FIELDS = "%F|%K|%T|%M|%N|%r"
 
 
-def have_slurm() -> bool:
-    """Whether this machine has Slurm's commands."""
-    return shutil.which("sbatch") is not None
+def have_cluster() -> bool:
+    """Whether this machine has Slurm's commands, and a cluster that answers them."""
+    if shutil.which("scontrol") is None:
+        return False
+    return subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0
 
 
 def call(*command: str, given: str | None = None) -> str:

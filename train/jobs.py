@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.commands import Queued, have_slurm, queue
+from slurm.commands import Queued, have_cluster, queue
 from slurm.errors import SlurmError
 from slurm.history import History, read_history
 from slurm.submit import SUBMISSIONS
@@ -100,10 +100,8 @@ def log_of(run: str, rank: int | None) -> Path:
 
 
 def _queue() -> dict[str, Queued]:
-    if not have_slurm():
-        raise SlurmError(
-            "there is no squeue on this machine: give the command on a login node of the cluster"
-        )
+    if not have_cluster():
+        raise SlurmError("no cluster answers here: give the command on a login node")
     return {each.job: each for each in queue()}
 
 
@@ -111,7 +109,6 @@ def _row(run: Path, history: History) -> Row:
     from train.config_file import load_config
 
     folder = RunFolder(run)
-    # a line may be under way
     steps = read_metrics(folder) if folder.metrics.is_file() else []
     newest = sorted((run / SUBMISSIONS).glob("*/config.yaml"))[-1]
     return Row(run, history, steps, load_config(str(newest)).config.run.steps)

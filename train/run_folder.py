@@ -126,14 +126,14 @@ def drop_metrics_after(folder: RunFolder, step: int) -> None:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """The metrics of every step so far.
+    """The metrics of every step so far; a line that is only half there, as when the run was killed, is none.
 
     Raises:
         RunError: there are none.
     """
     if not folder.metrics.is_file():
         raise RunError(f"{folder.path} has no metrics.jsonl: train it first")
-    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [json.loads(line) for line in folder.metrics.read_text().rpartition("\n")[0].splitlines()]
 
 
 def _at(tree: Mapping[str, Any], key: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from slurm.commands import have_slurm, queue
+from slurm.commands import have_cluster, queue
 from slurm.submit import check, next_submission, submissions, submit
 from slurm.template import Job, render
 from train import run_folder
@@ -80,7 +80,7 @@ def show(prepared: Prepared) -> None:
     """
     script = render(prepared.job, prepared.config.slurm)
     print(script)
-    if have_slurm():
+    if have_cluster():
         check(script)
 
 
