@@ -13,24 +13,25 @@ _TIMES = 3
 def meet(node: str, timeout_seconds: float, clock_skew_seconds: float) -> tuple[float, dict[str, float]]:
     """Join one process of each node, as RANK and the like say, and exchange data.
 
-    Returns the bandwidth of an all-reduce in bytes/s (of the bus: what each node sends), and, by their names, the
-    nodes whose clock is off the median by more than the limit, with the seconds.
+    Returns the bandwidth of an all-reduce in bytes/s (of the bus: what each node sends), and `skewed`.
     """
     gpus = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
-    bandwidth = _bandwidth(device)
-    dist.barrier()
-    clocks: list[tuple[str, float]] = [("", 0.0)] * dist.get_world_size()
-    dist.all_gather_object(clocks, (node, time.time()))
-    dist.barrier()
+    found = _bandwidth(device), skewed(node, clock_skew_seconds)
     dist.destroy_process_group()
+    return found
+
+
+def skewed(node: str, limit_seconds: float) -> dict[str, float]:
+    """By their names, the nodes whose clock is off the median by more than the limit, with the seconds."""
+    clocks: list[tuple[str, float]] = [("", 0.0)] * dist.get_world_size()
+    dist.barrier()
+    dist.all_gather_object(clocks, (node, time.time()))
     median = sorted(clock for _, clock in clocks)[len(clocks) // 2]
-    return bandwidth, {
-        name: clock - median for name, clock in clocks if abs(clock - median) > clock_skew_seconds
-    }
+    return {name: clock - median for name, clock in clocks if abs(clock - median) > limit_seconds}
 
 
 def _bandwidth(device: torch.device) -> float:

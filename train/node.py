@@ -26,10 +26,10 @@ def main(config: str, stage: str, folder: str) -> None:
     from slurm.fabric import meet
 
     health = settings.slurm.health
-    bandwidth, skewed = meet(node_name(), health.timeout_seconds, health.clock_skew_seconds)
+    bandwidth, off = meet(node_name(), health.timeout_seconds, health.clock_skew_seconds)
     report = f"ok, {bandwidth / 1e9:.2f} GB/s between nodes"
-    if node_name() in skewed:
-        report = f"its clock is {skewed[node_name()]:+.1f} s off the others'"
+    if node_name() in off:
+        report = f"its clock is {off[node_name()]:+.1f} s off the others'"
     write_report(Path(folder), report)
 
 
