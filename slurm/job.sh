@@ -62,6 +62,10 @@ state() { squeue -h -j "$job" -o %T 2>/dev/null; }
 again() { # again REASON [BAD_NODES]: back into the queue, from which a job that was cancelled doesn't come back
   local now
   now=$(state)
+  if [ "$(scontrol show job "$job" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p')" != "$start" ]; then
+    note requeue "by Slurm, since a node failed"
+    exit 0
+  fi
   [ -z "$cancelled" ] && [ "$now" = RUNNING ] || finish cancelled 0 "not requeued: $now"
   [ "$requeue" = yes ] || finish stopped 75 "$1; slurm.requeue is off"
   trap '' TERM "$signal" # requeueing ends this shell, which has a last thing to do

@@ -174,6 +174,7 @@ def test_a_spare_takes_over_from_a_node_that_died(
     cluster.kill_node("n6")
     scenarios.let_go("node")
     scenarios.wait_until_done("node")
+    assert scenarios.events("node") == ["start", "requeue", "start", "done"]
     assert "on n[5-6], from step 0" in scenarios.log("node") and "on n[5,7], from step" in scenarios.log(
         "node"
     )
