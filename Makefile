@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-quick lint bench-quick bench-initialize
+.PHONY: demo test test-quick lint prove-layouts bench-quick bench-initialize
 
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ test: lint
 
 test-quick: $(VENV)/.installed
 	pytest -m 'not slow'
+
+prove-layouts: $(VENV)/.installed
+	pytest tests/parallel/test_layouts.py tests/parallel/test_compile.py tests/parallel/test_zero.py \
+		-o junit_family=xunit1 --junitxml=runs/layouts.xml
+	python -m tests.parallel.proved runs/layouts.xml
 
 bench-quick: $(VENV)/.installed
 	python -m benchmarks.quick

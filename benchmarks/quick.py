@@ -27,6 +27,7 @@ from parallel.processes import process_group
 from train.config import Config, OptimizerConfig
 from train.metrics import Metrics
 from train.monitor import Monitor
+from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.run import make_engine
 from train.samples import Sample
@@ -115,6 +116,8 @@ class RandomStream:
 
     def __init__(self) -> None:
         self.step = 0
+        self.taken: dict[str, int] = {}
+        self.skipped_sequences = 0
 
     def __next__(self) -> Batch:
         self.step += 1
@@ -144,14 +147,15 @@ class OurLoop:
     def __init__(self, config: Config) -> None:
         empty = SplitInfo(documents=0, tokens=0, bytes=0, sequences=0)
         dataset = TextInfo(Path("-"), SEQ_LEN, VOCAB, 0, empty, empty, digest="", bos_id=2, eos_id=3)
-        plan = Plan(config, {}, dataset, Layout(dp_replicate=1, dp_shard=1))
+        plan = Plan(config, {}, dataset, (), Layout(dp_replicate=1, dp_shard=1))
         self.listener = Losses()
         self.trainer = Trainer(
             plan,
             make_engine(plan, torch.device("cpu")),
             RandomStream(),
             Monitor([self.listener]),
-            Hooks(save=lambda step: None, evaluate=lambda: 0.0, sample=lambda step: None),
+            Hooks(save=lambda step, digest: None, evaluate=lambda: 0.0, sample=lambda step: None),
+            OrderDigest(lambda total: total, torch.device("cpu")),
             flops_per_token=1.0,
             peak_flops=1.0,
             start=0,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.sources import Piece, reading_failed
 
 _ROWS_AT_ONCE = 256
@@ -60,7 +60,7 @@ def open_parquet(path: str) -> Any:
     except OSError as error:
         raise reading_failed(path, error) from error
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no parquet file: {_first_line(error)}") from error
+        raise InputError(f"{path} is no parquet file: {first_line(error)}") from error
 
 
 def open_hugging_face(path: str) -> Any:
@@ -69,9 +69,9 @@ def open_hugging_face(path: str) -> Any:
 
     try:
         return datasets.load_from_disk(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is no Hugging Face dataset as `save_to_disk` writes it: {_first_line(error)}"
+            f"{path} is no Hugging Face dataset as `save_to_disk` writes it: {first_line(error)}"
         ) from error
 
 
@@ -123,7 +123,7 @@ def json_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
                     yield offset, line
                 offset += len(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged: {_first_line(error)}; download or compress it again") from error
+        raise InputError(f"{path} is damaged: {first_line(error)}; download or compress it again") from error
     except OSError as error:
         raise reading_failed(path, error) from error
 
@@ -175,7 +175,7 @@ def json_fields(line: bytes, fields: Sequence[str], path: str, offset: int, hint
     except ValueError as error:
         example = ", ".join(f'"{field}": "..."' for field in fields)
         raise InputError(
-            f"{path}, line {_line_number(path, offset)} is not JSON: {_first_line(error)}; "
+            f"{path}, line {_line_number(path, offset)} is not JSON: {first_line(error)}; "
             f"each line must be an object such as {{{example}}}"
         ) from error
     for field in fields:
@@ -213,7 +213,7 @@ def _parquet(piece: Piece, field: str) -> Iterator[Row]:
                 yield f"{piece.file.key}#{row}", f"{path}, row {row}", text
                 row += 1
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path} is damaged near row {row}: {_first_line(error)}") from error
+        raise InputError(f"{path} is damaged near row {row}: {first_line(error)}") from error
 
 
 def _hugging_face(piece: Piece, field: str) -> Iterator[Row]:
@@ -244,7 +244,3 @@ def utf8(text: Any, where: str) -> bytes:
         raise InputError(
             f"{where} holds half a surrogate pair, which is not text: remove or mend it"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -42,6 +42,13 @@ class SplitInfo:
     """Of the documents' text in UTF-8 (of pairs, both texts); of the pictures' pixels."""
     sequences: int
 
+    @classmethod
+    def total(cls, splits: Sequence["SplitInfo"]) -> "SplitInfo":
+        """What they hold together."""
+        return cls(
+            **{field.name: sum(getattr(split, field.name) for split in splits) for field in fields(cls)}
+        )
+
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -153,6 +160,7 @@ def open_dataset(path: str | Path) -> DatasetInfo:
         InputError: there is no finished data set, or it is of another version.
     """
     folder = Path(path)
+    damaged = f"{dataset_path(folder)} is damaged ({{}}): prepare the data again"
     try:
         described = json.loads(dataset_path(folder).read_text())
     except FileNotFoundError:
@@ -162,12 +170,21 @@ def open_dataset(path: str | Path) -> DatasetInfo:
         ) from None
     except OSError as error:
         raise InputError(f"{dataset_path(folder)} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{dataset_path(folder)} is damaged ({error}): prepare the data again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(damaged.format(error)) from error
+    if not isinstance(described, dict):
+        raise InputError(damaged.format("it holds no object"))
     if described.get("format") != FORMAT:
         raise InputError(
             f"{folder} is of format {described.get('format')}, this version reads {FORMAT}: prepare the data again"
         )
+    try:
+        return _info(folder, described)
+    except (KeyError, TypeError) as error:
+        raise InputError(damaged.format(f"{type(error).__name__}: {error}")) from error
+
+
+def _info(folder: Path, described: dict[str, Any]) -> DatasetInfo:
     info = KINDS[described.get("kind", "text")]
     values: dict[str, Any] = {
         field.name: described[field.name] for field in fields(info) if field.name != "path"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 
 Array = np.ndarray
 
@@ -142,13 +142,13 @@ def _folder(folder: Path, size: int | None) -> Pictures:
 
 
 def _read_file(path: Path, size: int | None) -> Array:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             picture = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{path} is no picture: {error}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no picture: {first_line(error)}") from error
     if size is not None:
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)
@@ -161,7 +161,7 @@ def _load(path: str) -> Any:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
             f"{path} can't be read ({reason}): give a folder of pictures, or an .npz or .npy file of arrays"
         ) from error

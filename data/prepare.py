@@ -284,7 +284,7 @@ def _end_with_parent() -> None:
 
 def _describe(folder: Path, reports: list[PartReport], seq_len: int, validation_fraction: float) -> TextInfo:
     """Merge the parts' indexes. Raises InputError where a split is empty."""
-    splits = {split: _sum([getattr(report, split) for report in reports]) for split in SPLITS}
+    splits = {split: SplitInfo.total([getattr(report, split) for report in reports]) for split in SPLITS}
     for split in SPLITS:
         if not splits[split].documents:
             _start_anew(folder)
@@ -307,15 +307,6 @@ def _describe(folder: Path, reports: list[PartReport], seq_len: int, validation_
         train=splits["train"],
         validation=splits["validation"],
         digest=digest_of(folder, TextInfo.files),
-    )
-
-
-def _sum(infos: list[SplitInfo]) -> SplitInfo:
-    return SplitInfo(
-        documents=sum(info.documents for info in infos),
-        tokens=sum(info.tokens for info in infos),
-        bytes=sum(info.bytes for info in infos),
-        sequences=sum(info.sequences for info in infos),
     )
 
 

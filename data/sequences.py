@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.dataset import COLUMN, SOURCE, SOURCE_PADDING, DatasetInfo
+from data.errors import InputError
+from data.order import Order
+from data.shards import MEND
 from data.shared_memory import choosing_names, free_number
 from data.shims import let_streaming_import
 
 let_streaming_import()
 
 import streaming.base.dataset  # noqa: E402
-from streaming import StreamingDataLoader, StreamingDataset  # noqa: E402
+from streaming import Stream, StreamingDataLoader, StreamingDataset  # noqa: E402
 from streaming.base.constant import LOCALS  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.shared import SharedMemory  # noqa: E402
@@ -35,8 +39,8 @@ Collated = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Targets (B, T), sample ids (B,), columns (B, ...), int64; padding is bool."""
 
 _CANONICAL_NODES = 1
-"""With one, global batch n is the nth run of `global_batch_size` samples of the epoch's permutation, whatever the
-number of nodes, of which streaming asks that they divide the canonical ones or the reverse."""
+"""With one, global batch n is the nth run of `global_batch_size` samples of the epoch's order, whatever the number of
+nodes, of which streaming asks that they divide the canonical ones or the reverse."""
 
 
 def _take_number(
@@ -70,32 +74,34 @@ streaming.base.dataset.get_shm_prefix = _take_number
 
 
 class TrainingSequences(StreamingDataset):
-    """The training split, shuffled and dealt out to data ranks. Items are (sample id, columns)."""
+    """The training splits of all sources, dealt out to data ranks. Items are (sample id, columns).
+
+    What streaming calls an epoch is here a stretch of the run's order, `epoch_size` places long.
+    """
 
     def __init__(
         self,
-        info: DatasetInfo,
+        infos: Sequence[DatasetInfo],
+        order: Order,
         *,
         rank: int,
         world_size: int,
         batch_size: int,
         epoch_size: int,
-        shuffle: bool,
-        seed: int,
+        stand_ins: NDArray[np.int64] | None = None,
     ) -> None:
+        """stand_ins: what is read in place of each sequence, where some can't be."""
         super().__init__(
-            local=str(info.path),
-            split="train",
+            streams=[Stream(local=str(info.path), split="train") for info in infos],
             batch_size=batch_size,
             epoch_size=epoch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
             num_canonical_nodes=_CANONICAL_NODES,
             # streaming's own defaults, which it would announce in every process
             predownload=8 * batch_size,
             shuffle_block_size=4_000_000,
         )
-        self.pad_id = info.pad_id
+        self.pad_id = infos[0].pad_id
+        self._order, self._stand_ins = order, stand_ins
         self._positions: list[SharedMemory] = []
         # Processes coordinate as what they are (`_unique_rank_world`, from the environment) and read as the data
         # ranks they are: several may share one, in whatever order the mesh has them. streaming's `replication`
@@ -105,8 +111,25 @@ class TrainingSequences(StreamingDataset):
         )
         self.length = epoch_size // world_size
 
+    def resample_streams(
+        self, epoch: int, stream_id: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The sequences of an epoch, in place of streaming's own mixtures.
+
+        Those draw anew for each epoch which part of a source it has, so that over several epochs some sequences come
+        often and others never; and what they repeat, they shuffle within the epoch, whatever has come yet.
+        """
+        places = self._order.ids(epoch * self.epoch_size, (epoch + 1) * self.epoch_size)
+        if self._stand_ins is not None:
+            places = self._stand_ins[places]
+        return np.array([len(places)]), places
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Nothing is downloaded: what is missing when it is read is an error then."""
+
     def __getitem__(self, at: int) -> tuple[int, Sample]:
-        return int(at), super().__getitem__(at)
+        shard, sample = self.spanner[at]
+        return int(at), _read(self.shards[shard], sample)
 
     def collate(self, items: list[tuple[int, Sample]]) -> Collated:
         """(B, T) targets, (B,) sample ids, and the columns, of which `tokens` is (B, T)."""
@@ -195,7 +218,17 @@ class ValidationSequences:
 
     def _sample(self, at: int) -> Sample:
         shard, sample = self._spanner[at]
-        return self._shards[shard][sample]
+        return _read(self._shards[shard], sample)
+
+
+def _read(shard: Any, at: int) -> Sample:
+    """A sample of a shard. Raises InputError where the file is not what it was when the run began."""
+    try:
+        return shard[at]
+    except (OSError, ValueError, IndexError) as error:
+        path = Path(shard.dirname, shard.split, shard.raw_data.basename)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} can't be read ({reason}): {MEND}") from error
 
 
 def _collated(samples: Sequence[Sample], ids: Tensor, pad_id: int) -> Collated:

@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.dataset import COLUMN, open_dataset
 from data.errors import InputError
+from data.mixture import as_one, open_sources, order_of
+from data.verify import check_together
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 SEEDS = "seeds"
 """The input that no data set has: (B,) int64, for a model that draws random numbers."""
+_STRETCH = 1 << 20
+"""At most as many sequences are put in order at a time. Between two stretches nothing is read ahead."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Batch:
     targets: "torch.Tensor"
     """(B, T) int64; -100 where not scored."""
     sample_ids: "torch.Tensor"
-    """(B,) int64, the sequence's index in its split; -1 where a batch was filled up."""
+    """(B,) int64, the sequence's index in its split, counted through the sources; -1 where a batch was filled up."""
 
     def micro_batches(self, size: int) -> Iterator["Batch"]:
         """Successive batches of `size` sequences; the last may be smaller."""
@@ -52,9 +56,8 @@ class Batch:
 class TrainingStream:
     """Endless iterator of one data rank's share of the global batches.
 
-    Global batch n, as a set of sequences, is a function of the data set, the seed and n: of neither `world_size`,
-    nor what was saved and loaded on the way. An epoch is as many whole global batches as there are; which few
-    sequences are left over differs from epoch to epoch.
+    Global batch n, as a set of sequences, is a function of the data sets, the seed and n: of neither `world_size`,
+    nor what was saved and loaded on the way. Of each source every sequence comes once before any comes again.
     """
 
     def __init__(
@@ -72,30 +75,35 @@ class TrainingStream:
         Raises:
             InputError: no data set, too small a one, or a batch that the ranks can't share.
         """
-        info = open_dataset(config.path)
+        self._sources = open_sources(config)
         self._config, self._seed, self._inputs = config, seed, inputs
-        self._batches_per_epoch = info.train.sequences // config.global_batch_size
+        _check_processes()
+        self._order = order_of(self._sources, shuffle=config.shuffle, seed=seed)
         if config.global_batch_size % world_size:
             raise InputError(
                 f"data.global_batch_size={config.global_batch_size} can't be shared by {world_size} data ranks: "
                 f"make it a multiple"
             )
-        if not self._batches_per_epoch:
+        available = as_one(self._sources).train.sequences
+        if available < config.global_batch_size:
             raise InputError(
-                f"{config.path} has {info.train.sequences} training sequences, fewer than one global batch: set "
-                f"data.global_batch_size to at most that, or prepare more text"
+                f"{' and '.join(str(source.info.path) for source in self._sources)} has {available} training "
+                f"sequences, fewer than one global batch: set data.global_batch_size to at most that, or prepare more"
             )
-        _check_processes()
+        self._checked = check_together(
+            [source.info for source in self._sources], config.verify, config.on_bad_shard
+        )
+        self._batches_per_stretch = min(available, _STRETCH) // config.global_batch_size or 1
         from data.sequences import TrainingSequences, make_loader
 
         self._sequences = TrainingSequences(
-            info,
+            [source.info for source in self._sources],
+            self._order,
             rank=rank,
             world_size=world_size,
             batch_size=config.global_batch_size // world_size,
-            epoch_size=self._batches_per_epoch * config.global_batch_size,
-            shuffle=config.shuffle,
-            seed=seed,
+            epoch_size=self._batches_per_stretch * config.global_batch_size,
+            stand_ins=self._checked.stand_ins,
         )
         self._loader = make_loader(self._sequences, config.num_workers)
         self._iterator: Iterator[Collated] | None = None
@@ -107,27 +115,49 @@ class TrainingStream:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        batch = next(self._iterator, None)
-        if batch is None:  # the end of an epoch
-            assert self._batches % self._batches_per_epoch == 0
-            self._iterator = iter(self._loader)
-            batch = next(self._iterator)
+        try:
+            batch = next(self._iterator, None)
+            if batch is None:  # the end of a stretch
+                assert self._batches % self._batches_per_stretch == 0
+                self._iterator = iter(self._loader)
+                batch = next(self._iterator)
+        except (
+            InputError
+        ) as error:  # from a reading process it comes with the lines of its traceback before it
+            raise InputError(str(error).splitlines()[-1].partition("InputError: ")[2] or str(error)) from None
         self._batches += 1
         return _batch(batch, self._inputs, f"{self._seed}/{self._batches}")
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def bad_shards(self) -> tuple[str, ...]:
+        """The training shards that are left out, and why."""
+        return self._checked.bad
+
+    @property
+    def skipped_sequences(self) -> int:
+        """How many sequences of the data are left out with them."""
+        return self._checked.lost
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """How many sequences of each source were in the global batches so far."""
+        counts = self._order.taken(self._batches * self._config.global_batch_size)
+        return {source.name: count for source, count in zip(self._sources, counts, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was taken: the same on all ranks, and for any number of them."""
         return {
             "batches": self._batches,
             "global_batch_size": self._config.global_batch_size,
             "seed": self._seed,
+            "sequences": self.taken,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state_dict` was called; all ranks together, at any time.
 
         Raises:
-            InputError: the state is of another seed or global batch size.
+            InputError: the state is of another seed, global batch size or mixture.
         """
         here = self.state_dict()
         for name, key in (("global_batch_size", "data.global_batch_size"), ("seed", "run.seed")):
@@ -137,8 +167,14 @@ class TrainingStream:
                     f"{here[name]}: set {key}={state[name]}, or start a new run"
                 )
         self._batches = state["batches"]
-        epoch, batch = divmod(self._batches, self._batches_per_epoch)
-        self._sequences.seek(epoch, batch * self._config.global_batch_size)
+        if state.get("sequences") != self.taken:
+            raise InputError(
+                f"the checkpoint's position in the data after {self._batches} batches is {state.get('sequences')}, "
+                f"the configuration's would be {self.taken} (sequences of each source): set data.sources as they "
+                f"were, or start a new run"
+            )
+        stretch, batch = divmod(self._batches, self._batches_per_stretch)
+        self._sequences.seek(stretch, batch * self._config.global_batch_size)
         self._iterator = None
 
     def close(self) -> None:

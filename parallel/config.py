@@ -9,6 +9,7 @@ from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.config import DeepSpeedConfig
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+RecomputeMode = Literal["none", "selective", "full", "every_nth", "auto"]
 
 
 class ParallelConfig(BaseModel):
@@ -74,7 +75,7 @@ class ActivationCheckpointConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    mode: Literal["none", "selective", "full", "every_nth", "auto"] = "none"
+    mode: RecomputeMode = "none"
     """`none`: keep all; `selective`: keep what matrix products, attention and collectives made, and recompute the
     rest; `full`: recompute every block; `every_nth`: recompute one block in `n`; `auto`: as little as
     `memory_budget` allows, block by block."""

@@ -23,6 +23,8 @@ class Progress:
     tokens: int
     data: dict[str, Any]
     """The position in the data, as `data.stream.TrainingStream.state_dict` gives it."""
+    data_order_digest: str = "0" * 16
+    """Of all global batches up to the step, as `train.order_digest.OrderDigest` gives it."""
 
 
 def complete(folder: Path) -> list[Path]:

@@ -17,8 +17,10 @@ from model.config import BaseModelConfig, ModelConfig
 from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from slurm.config import SlurmConfig
+from train.counts import parse_count
 from train.duration import parse_seconds
 
+Count = Annotated[float, BeforeValidator(parse_count)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 
 
@@ -117,7 +119,7 @@ class EvaluationConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     """Evaluate on the validation split every so many steps, and after the last."""
     sequences: int | None = Field(None, ge=1)
-    """Evaluate on so many sequences, evenly spread over the split; left out, on all."""
+    """Evaluate on so many sequences (of each source), evenly spread over the split; left out, on all."""
     sample_every_steps: int | None = Field(None, ge=1)
     """Generate a sample of text every so many steps."""
     sample_prompt: str = ""
@@ -129,6 +131,27 @@ class EvaluationConfig(Section):
     sample_classes: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
     """Of a model that draws pictures of a class: the classes that are drawn, a row for each; left out, the
     first ten."""
+
+
+class DialConfig(Section):
+    """One number that sets the size of the model, the tokens, the batch and the learning rate; see `train.dial`."""
+
+    params: Count | None = None
+    """Parameters that a token meets, such as `300M`."""
+    depth: int | None = Field(None, ge=1)
+    """Layers; the width follows."""
+    flops: Count | None = None
+    """Compute of the whole training, such as `1e20`; alone, it sets the size too."""
+    tokens_per_param: Count = 20.0
+    """Tokens for each parameter, where flops and size don't say."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DialConfig":
+        if self.params is not None and self.depth is not None:
+            raise ValueError("dial.params and dial.depth both set the model's size: keep one")
+        if self.params is None and self.depth is None and self.flops is None:
+            raise ValueError("dial sets nothing: give dial.params=300M, dial.depth=16 or dial.flops=1e20")
+        return self
 
 
 class Config(Section):
@@ -148,10 +171,12 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     slurm: SlurmConfig = SlurmConfig()
+    dial: DialConfig | None = Field(None, exclude=True)
+    """Unset: nothing. What it sets stands in the other sections, and is what is shown and saved."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "Config":
-        unlimited = self.run.steps is None and self.run.tokens is None
+        unlimited = self.run.steps is None and self.run.tokens is None and self.dial is None
         if unlimited and self.run.wall_time is None:
             raise ValueError("the run has no end: set run.steps, run.tokens or run.wall_time")
         if unlimited and self.schedule.total_steps is None and self.schedule.type != "constant":

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,7 @@ from train.config import Config
 from train.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+REPLACED_TOGETHER = ({"run.steps", "run.tokens"}, {"dial.params", "dial.depth", "dial.flops"})
 ALIASES = [f"model.{name}" for name in (*NAMES, *CHOICES)]
 
 
@@ -57,7 +58,7 @@ def load_config(path_or_name: str, overrides: Iterable[str] = (), profiles: Iter
     Raises:
         ConfigError: anything wrong with the file, a key or a value, in one line.
     """
-    settings = Settings(prefix="model.")
+    settings = _Layers()
     for each in (path_or_name, *profiles):
         _read_file(find_config(each), settings, seen=())
     given: Values = {}
@@ -66,9 +67,40 @@ def load_config(path_or_name: str, overrides: Iterable[str] = (), profiles: Iter
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ConfigError(f"{override!r} is not of the form key.path=value, such as optimizer.lr=3e-4")
         put(given, key, _parse_override(key, text), "command line")
-    _add(settings, given)
-    values = settings.settled()
-    return Loaded(_validate(values), {key: source for key, (_, source) in values.items()})
+    settings.add(given)
+    values = settings.all.settled()
+    config = _validate(values)
+    if config.dial is not None:
+        from train.dial import turned  # only here: counting a model's parameters imports torch
+
+        values = turned(values, config, config.dial, settings.since_dial.values)
+        config = _validate(values)
+    return Loaded(config, {key: source for key, (_, source) in values.items()})
+
+
+class _Layers:
+    """What is said by files and the command line, later ones last; apart, what is said since the dial was turned."""
+
+    def __init__(self) -> None:
+        self.all, self.since_dial = Settings(prefix="model."), Settings(prefix="model.")
+
+    def add(self, layer: Values) -> None:
+        """Say more. A layer that says one of run.steps and run.tokens, or turns the dial, replaces what was said of it.
+
+        Raises:
+            ConfigError: two spellings contradict each other, or a value is unknown.
+        """
+        if any(key.partition(".")[0] == "dial" for key in layer):
+            self.since_dial = Settings(prefix="model.")
+        said = {key for key, (value, _) in layer.items() if value is not None}
+        for settings in (self.all, self.since_dial):
+            for group in REPLACED_TOGETHER:
+                for key in group if said & group else ():
+                    settings.values.pop(key, None)
+            try:
+                settings.add(layer)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
 
 
 def find_config(path_or_name: str) -> Path:
@@ -90,7 +122,7 @@ def all_configs() -> list[Path]:
     return sorted(CONFIGS.rglob("*.yaml"))
 
 
-def _read_file(path: Path, settings: Settings, seen: tuple[Path, ...]) -> None:
+def _read_file(path: Path, settings: _Layers, seen: tuple[Path, ...]) -> None:
     """Add what a file says to the settings, after what it extends."""
     path = path.resolve()
     if path in seen:
@@ -113,14 +145,7 @@ def _read_file(path: Path, settings: Settings, seen: tuple[Path, ...]) -> None:
     values: Values = {}
     for key, value, line in _leaves(root, tree, prefix=""):
         put(values, key, value, f"{_display(path)}:{line}")
-    _add(settings, values)
-
-
-def _add(settings: Settings, layer: Values) -> None:
-    try:
-        settings.add(layer)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    settings.add(values)
 
 
 def _leaves(node: yaml.MappingNode, tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any, int]]:
@@ -160,7 +185,10 @@ def _explain(error: Any, values: Values) -> str:
             model_type, _ = values.get("model.type", ("transformer", ""))
             return f"{where}unknown key {key!r}{_suggest_key(location, model_type)}"
         case "missing":
-            return f"{key!r} is missing: set it in the configuration or as {key}=VALUE"
+            in_list = any(part.isdigit() for part in location)
+            return (
+                f"{key!r} is missing: set it in the configuration{'' if in_list else f' or as {key}=VALUE'}"
+            )
         case "value_error":
             return f"{where}{error['ctx']['error']}"
     message = error["msg"][0].lower() + error["msg"][1:]
@@ -211,7 +239,9 @@ def _section(parent: type[BaseModel], name: str, model_type: str) -> type[BaseMo
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The class of a section, which may be one that can be left out."""
+    """The class of a section, which may be one that can be left out; a list of several is a value."""
+    if get_origin(annotation) is tuple:
+        return None
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import psutil
 
+from data.dataset import SPLITS
+from data.shards import check
 from data.shared_memory import clean_stale_shared_memory
 from train import checkpoint_folder, run_folder
 from train.config_file import load_config
@@ -38,6 +40,8 @@ def launch(config: str, overrides: Sequence[str]) -> None:
     if plan.total_steps is not None and checkpoint_folder.newest_step(folder.checkpoints) >= plan.total_steps:
         print(f"{folder.path} is already done ({plan.total_steps} steps): raise run.steps to go on with it")
         return None
+    if plan.config.data.on_bad_shard == "fail":
+        check([source.info for source in plan.mixture], SPLITS)
     clean_stale_shared_memory()
     processes = plan.layout.world_size
     if processes == 1 or "RANK" in os.environ:

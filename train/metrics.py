@@ -61,17 +61,33 @@ class Metrics:
     """From the end of the step before to the end of this one, without evaluation and saving."""
     data_seconds: float
     """Waiting for the batch, part of `step_seconds`."""
+    data_order_digest: str
+    """Of all global batches so far; see `train.order_digest`."""
+    sequences: dict[str, int]
+    """Trained on so far, of each source of the data."""
+    epochs: dict[str, float]
+    """How often each source was gone through so far."""
+    skipped_sequences: int | None = None
+    """In bad shards, which are left out; None where there are none."""
     validation_loss: float | None = None
     experts: ExpertLoad | None = None
 
     def numbers(self) -> dict[str, float]:
         """Those that are known, by name, of the whole model."""
-        known = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "experts"}
-        return {name: value for name, value in known.items() if value is not None}
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in known.items() if isinstance(value, int | float)}
 
     def values(self) -> dict[str, Any]:
         """All that is known, as in metrics.jsonl."""
-        return self.numbers() | ({} if self.experts is None else {"experts": self.experts.values()})
+        return (
+            self.numbers()
+            | {
+                "data_order_digest": self.data_order_digest,
+                "sequences": self.sequences,
+                "epochs": {name: round(count, 6) for name, count in self.epochs.items()},
+            }
+            | ({} if self.experts is None else {"experts": self.experts.values()})
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

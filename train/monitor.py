@@ -131,6 +131,8 @@ class TensorBoard:
             self.writer.add_scalar("validation/loss", values.pop("validation_loss"), step)
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
+        for name, count in metrics.epochs.items():
+            self.writer.add_scalar(f"epochs/{name}", count, step)
         if metrics.experts is not None:
             self._experts(metrics.experts, step)
 

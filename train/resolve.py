@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo, open_dataset
+from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo
+from data.mixture import Source, as_one, open_sources
 from data.stream import SEEDS
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
@@ -29,6 +30,9 @@ class Plan:
     """With `model.vocab_size` filled in."""
     sources: dict[str, str]
     dataset: DatasetInfo
+    """Of a mixture, what its sources are together."""
+    mixture: tuple[Source, ...]
+    """The data set's sources: one, or those of a mixture."""
     layout: Layout
 
     @property
@@ -57,14 +61,15 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     Raises:
         ConfigError, LayoutError, InputError: what doesn't fit, and what would.
     """
-    dataset = open_dataset(loaded.config.data.path)
+    mixture = open_sources(loaded.config.data)
+    dataset = as_one(mixture)
     _check_inputs(loaded.config, dataset)
     config, sources = _fill_in_vocabulary(loaded, dataset)
     config, sources = _fill_in_classes(Loaded(config, sources), dataset)
     config, sources = _fill_in_source(Loaded(config, sources), dataset)
     if config.model.max_seq_len < dataset.seq_len:
         raise ConfigError(
-            f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {config.data.path} "
+            f"model.max_seq_len={config.model.max_seq_len} is shorter than the sequences of {dataset.path} "
             f"({dataset.seq_len} tokens): set model.max_seq_len={dataset.seq_len}, or prepare the data "
             f"with --seq-len {config.model.max_seq_len}"
         )
@@ -77,7 +82,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     shape = micro_batch, dataset.seq_len
     check_budget(layout, config.parallel, config.precision, config.model, budget, shape)
     _check_batch(config, layout)
-    return Plan(config, sources, dataset, layout)
+    return Plan(config, sources, dataset, mixture, layout)
 
 
 def wanted_world_size(config: Config) -> int:
@@ -96,7 +101,7 @@ def _check_inputs(config: Config, dataset: DatasetInfo) -> None:
     missing = set(config.model.inputs) - {*dataset.columns, SEEDS}
     if missing:
         raise ConfigError(
-            f"model.type={config.model.type} takes {', '.join(sorted(missing))}, but {config.data.path} holds "
+            f"model.type={config.model.type} takes {', '.join(sorted(missing))}, but {dataset.path} holds "
             f"{', '.join(dataset.columns)} ({dataset.kind}): choose another data.path or model.type"
         )
 
@@ -108,10 +113,10 @@ def _fill_in_classes(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict
     classes = len(dataset.class_names)
     if model.class_conditional and model.num_classes is None:
         filled = config.model_copy(update={"model": model.model_copy(update={"num_classes": classes})})
-        return filled, loaded.sources | {"model.num_classes": config.data.path}
+        return filled, loaded.sources | {"model.num_classes": str(dataset.path)}
     if model.num_classes is not None and model.num_classes < classes:
         raise ConfigError(
-            f"model.num_classes={model.num_classes} is less than the {classes} classes of {config.data.path}: leave "
+            f"model.num_classes={model.num_classes} is less than the {classes} classes of {dataset.path}: leave "
             f"it out, or set at least {classes}"
         )
     return config, loaded.sources
@@ -124,10 +129,10 @@ def _fill_in_source(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, dict[
     if model.max_source_len is None:
         update = {"max_source_len": dataset.source_len}
         filled = config.model_copy(update={"model": model.model_copy(update=update)})
-        return filled, loaded.sources | {"model.max_source_len": config.data.path}
+        return filled, loaded.sources | {"model.max_source_len": str(dataset.path)}
     if model.max_source_len < dataset.source_len:
         raise ConfigError(
-            f"model.max_source_len={model.max_source_len} is shorter than the sources of {config.data.path} "
+            f"model.max_source_len={model.max_source_len} is shorter than the sources of {dataset.path} "
             f"({dataset.source_len} tokens): leave it out, or prepare the data with --source-len "
             f"{model.max_source_len}"
         )
@@ -139,13 +144,13 @@ def _fill_in_vocabulary(loaded: Loaded, dataset: DatasetInfo) -> tuple[Config, d
     if model.vocab_size is None:
         multiple = model.vocab_size_multiple
         padded = -(-dataset.vocab_size // multiple) * multiple
-        source = f"{config.data.path}: {dataset.vocab_size} rounded up to a multiple of {multiple}"
+        source = f"{dataset.path}: {dataset.vocab_size} rounded up to a multiple of {multiple}"
         filled = config.model_copy(update={"model": model.model_copy(update={"vocab_size": padded})})
         return filled, loaded.sources | {"model.vocab_size": source}
     if model.vocab_size < dataset.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the {dataset.vocab_size} tokens "
-            f"of {config.data.path}: leave it out, or set at least {dataset.vocab_size}"
+            f"of {dataset.path}: leave it out, or set at least {dataset.vocab_size}"
         )
     return config, loaded.sources
 
@@ -177,7 +182,7 @@ def _check_samples(config: Config, dataset: DatasetInfo) -> None:
         unknown = [at for at in settings.sample_classes or () if at >= len(dataset.class_names)]
         if unknown:
             raise ConfigError(
-                f"evaluation.sample_classes: there is no class {unknown[0]} in {config.data.path}: there are 0 to "
+                f"evaluation.sample_classes: there is no class {unknown[0]} in {dataset.path}: there are 0 to "
                 f"{len(dataset.class_names) - 1}"
             )
     if model.positional.encoding == "learned" and isinstance(dataset, TextInfo):

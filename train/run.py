@@ -18,6 +18,7 @@ from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
+from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.run_folder import RunFolder, drop_metrics_after, folder_of
 from train.samples import make_sample
@@ -43,7 +44,10 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     stream = TrainingStream(
         config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
     )
-    start = _resume(folder, engine, stream)
+    for shard in stream.bad_shards:
+        log.warning("left out: %s", shard)
+    progress = _resume(folder, engine, stream)
+    start = progress.step
     with torch.device("meta"):
         log.info("%s: %s", folder.path, repr(build_model(config.model)).partition("\n")[0])
     log.info(
@@ -65,6 +69,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         stream,
         monitor,
         _make_hooks(plan, folder, engine, stream, monitor),
+        OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
         peak_flops=peak_flops(device, config.precision),
         start=start,
@@ -103,19 +108,19 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
     return found[0]
 
 
-def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> int:
-    """Load the newest checkpoint into engine and stream. Returns its step, or 0 where there is none."""
+def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progress:
+    """Load the newest checkpoint into engine and stream. Returns where it stands; at step 0 where there is none."""
     path = newest_checkpoint(folder)
     if path is None:
-        return 0
+        return Progress(0, 0, {})
     progress = checkpoint_folder.load_progress(path)
     imported = progress.step == 0  # weights, and nothing of a training
     engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors), weights_only=imported)
     if imported:
-        return 0
+        return progress
     log.debug("loaded %s", path)
     stream.load_state_dict(progress.data)
-    return progress.step
+    return progress
 
 
 def _make_hooks(
@@ -123,8 +128,8 @@ def _make_hooks(
 ) -> Hooks:
     config = plan.config
 
-    def save(step: int) -> None:
-        progress = Progress(step, step * plan.tokens_per_step, stream.state_dict())
+    def save(step: int, data_order_digest: str) -> None:
+        progress = Progress(step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest)
         path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
         log.debug("saved %s", path)
 

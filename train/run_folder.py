@@ -3,11 +3,13 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data.dataset import write_dataset
 from train.config import Config
 from train.config_file import load_config
 from train.errors import RunError
@@ -20,9 +22,12 @@ DECIDES_THE_WEIGHTS = (
     "precision",
     "run.seed",
     "data.global_batch_size",
+    "data.sources",
     "data.shuffle",
 )
 """What may not change between the parts of one run; everything else may."""
+DIGESTS = "digests"
+"""In a run's `dataset.json`: those of the data sets that it was begun on, by the sources' names."""
 
 
 class RunFolder:
@@ -69,8 +74,8 @@ def check_same_run(folder: RunFolder, plan: Plan) -> None:
     """
     if not folder.config.is_file():
         return
-    began = load_config(str(folder.config)).config.model_dump(mode="json")
-    now = plan.config.model_dump(mode="json")
+    began = _comparable(load_config(str(folder.config)).config)
+    now = _comparable(plan.config)
     trained = folder.dataset.is_file()  # an imported run has weights, of which only the model is settled
     for key in DECIDES_THE_WEIGHTS if trained else ("model",):
         for name, before, after in _differences(key, _at(began, key), _at(now, key)):
@@ -78,11 +83,36 @@ def check_same_run(folder: RunFolder, plan: Plan) -> None:
                 f"{folder.path} was begun with {name}={before}, now it is {after}: "
                 f"set it back, or begin another run with run.name=NAME"
             )
-    if trained and json.loads(folder.dataset.read_text())["digest"] != plan.dataset.digest:
+    if trained and (difference := _other_data(folder, plan)):
         raise RunError(
-            f"{folder.path} was begun on other data than what {plan.config.data.path} now holds: "
-            f"point data.path at that, or begin another run with run.name=NAME"
+            f"{folder.path} was begun on other data: {difference}: point data.path or data.sources at what it was, or "
+            f"begin another run with run.name=NAME"
         )
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """The tree with the proportions of a mixture's sources by their names: their folders may move."""
+    tree = config.model_dump(mode="json")
+    tree["data"]["sources"] = {source.name: source.proportion for source in config.data.sources}
+    return tree
+
+
+def _other_data(folder: RunFolder, plan: Plan) -> str | None:
+    """What differs between the data that the run was begun on and those of the plan, or None."""
+    began = json.loads(folder.dataset.read_text())
+    if began["digest"] == plan.dataset.digest:
+        return None
+    where = ", ".join(str(source.info.path) for source in plan.mixture)
+    for name in plan.dataset.files:
+        if (folder.path / name).read_bytes() != (plan.dataset.path / name).read_bytes():
+            return f"the {name} of {where} is another than the run's"
+    before = began["options"].get(DIGESTS, {})
+    if before.keys() != {source.name for source in plan.mixture}:
+        names = ", ".join(source.name for source in plan.mixture)
+        return f"its sources were {', '.join(before)}, now they are {names}"
+    changed = ", ".join(str(s.info.path) for s in plan.mixture if before[s.name] != s.info.digest)
+    then, now = began["train"]["sequences"], plan.dataset.train.sequences
+    return f"{changed or where} holds others (of all {then:,} training sequences then, {now:,} now)"
 
 
 def create(folder: RunFolder, plan: Plan) -> None:
@@ -96,8 +126,10 @@ def create(folder: RunFolder, plan: Plan) -> None:
             path.mkdir(parents=True, exist_ok=True)
         folder.stopped.unlink(missing_ok=True)
         folder.config.write_text(to_yaml(plan.config))
-        for name in ("dataset.json", *plan.dataset.files):
+        for name in plan.dataset.files:
             shutil.copyfile(plan.dataset.path / name, folder.path / name)
+        digests = {source.name: source.info.digest for source in plan.mixture}
+        write_dataset(replace(plan.dataset, path=folder.path), {DIGESTS: digests})
     except OSError as error:
         raise RunError(
             f"{folder.path} can't be written: {error.strerror}: set run.dir to a folder that can"

@@ -13,6 +13,7 @@ from model.moe import ExpertStatistics
 from parallel.processes import any_rank
 from train.metrics import ExpertLoad, Metrics, peak_memory_bytes
 from train.monitor import Monitor
+from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.schedule import learning_rate
 from train.stop import Stop, Stopped
@@ -37,8 +38,8 @@ class Engine(Protocol):
 class Hooks:
     """What is done between steps, each by all ranks together."""
 
-    save: Callable[[int], None]
-    """Write a checkpoint of the step."""
+    save: Callable[[int, str], None]
+    """Write a checkpoint of the step, with the data's digest so far."""
     evaluate: Callable[[], float]
     """The validation loss."""
     sample: Callable[[int], None]
@@ -53,6 +54,10 @@ class Pending:
     loss: Tensor
     grad_norm: Tensor
     experts: ExpertStatistics | None
+    order: Tensor
+    """What the data's digest is read from."""
+    sequences: dict[str, int]
+    """Of each source, up to this step."""
     lr: float
     step_seconds: float
     data_seconds: float
@@ -71,6 +76,7 @@ class Trainer:
         stream: TrainingStream,
         monitor: Monitor,
         hooks: Hooks,
+        order: OrderDigest,
         *,
         flops_per_token: float,
         peak_flops: float,
@@ -78,6 +84,7 @@ class Trainer:
     ) -> None:
         self.plan, self.config = plan, plan.config
         self.engine, self.stream, self.monitor, self.hooks = engine, stream, monitor, hooks
+        self.order = order
         self.utilization_per_rate = flops_per_token / peak_flops
         self.step = self._saved = start
         self._pending: Pending | None = None
@@ -118,12 +125,23 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.stream)
         data_seconds = time.perf_counter() - began
+        order = self.order.add(self.step, batch.sample_ids)
         loss = self.engine.forward_backward(batch, self.step)
         grad_norm = self.engine.step(lr)
         experts = self.engine.expert_statistics()
         self.tell()
         now = time.perf_counter()
-        self._pending = Pending(self.step, loss, grad_norm, experts, lr, now - self._clock, data_seconds)
+        self._pending = Pending(
+            self.step,
+            loss,
+            grad_norm,
+            experts,
+            order,
+            self.stream.taken,
+            lr,
+            now - self._clock,
+            data_seconds,
+        )
         self._clock = now
 
     def _due(self, every: int | None) -> bool:
@@ -134,7 +152,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.tell()
-        self.hooks.save(self.step)
+        self.hooks.save(self.step, self.order.value)
         self._saved = self.step
 
     def _pause(self, action: Callable[[], None]) -> None:
@@ -160,6 +178,13 @@ class Trainer:
             memory_bytes=peak_memory_bytes(self.engine.device),
             step_seconds=self._pending.step_seconds,
             data_seconds=self._pending.data_seconds,
+            data_order_digest=self.order.read(self._pending.order),
+            sequences=self._pending.sequences,
+            epochs={
+                source.name: self._pending.sequences[source.name] / source.info.train.sequences
+                for source in self.plan.mixture
+            },
+            skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),
         )

@@ -3,17 +3,19 @@
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from data.config import DataConfig
+from data.errors import InputError
 from data.stream import TrainingStream, validation_batches
 
-Read = tuple[list[list[int]], dict[str, int]]
+Read = tuple[list[list[int]], dict[str, Any]]
 
 
 def read(
-    config: DataConfig, batches: int, state: dict[str, int] | None = None, share_rank: bool = False
+    config: DataConfig, batches: int, state: dict[str, Any] | None = None, share_rank: bool = False
 ) -> Read:
     """The sample ids of this rank's share of `batches` global batches, and the state after them.
 
@@ -55,3 +57,12 @@ def prefixes(config: DataConfig, waits_for: str | None = None) -> list[int]:
         stream.close()
     assert in_time, f"there is no {waits_for}"
     return numbers
+
+
+def refused(config: DataConfig) -> str:
+    """What is said of data that can't be used."""
+    try:
+        TrainingStream(config, 7, dist.get_rank(), dist.get_world_size()).close()
+    except InputError as error:
+        return str(error)
+    return ""

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,42 +17,65 @@ import data.shared_memory
 from data.config import DataConfig
 from data.dataset import DatasetInfo, dataset_path, open_dataset
 from data.errors import InputError
+from data.mixture import as_one, open_sources
 from data.shared_memory import choosing_names, clean_stale_shared_memory
 from data.stream import Batch, TrainingStream, validation_batches
 from parallel.processes import WorkerPool
 from tests.data import ranks
 
 BATCH = 12
+WEB, SONGS = 0.7, 0.3
+
+
+@pytest.fixture(scope="module", params=["a data set", "a mixture"])
+def given(request: pytest.FixtureRequest, prepared: DatasetInfo, prepared_too: DatasetInfo) -> DataConfig:
+    """What is read: one data set, or two, of which the smaller is gone through time and again."""
+    if request.param == "a data set":
+        return config(prepared)
+    assert prepared_too.train.sequences * 5 < prepared.train.sequences
+    return DataConfig.model_validate(mixture(prepared, prepared_too) | BATCHES)
+
+
+BATCHES = {"micro_batch_size": 2, "global_batch_size": BATCH, "num_workers": 0}
+
+
+def mixture(web: DatasetInfo, songs: DatasetInfo) -> dict[str, Any]:
+    sources = [("web", web, 10 * WEB), ("songs", songs, 10 * SONGS)]
+    return {"sources": [{"name": name, "path": str(i.path), "proportion": part} for name, i, part in sources]}
 
 
 def config(info: DatasetInfo, **values: int | bool) -> DataConfig:
-    values = {"micro_batch_size": 2, "global_batch_size": BATCH, "num_workers": 0} | values
-    return DataConfig(path=str(info.path), **values)  # type: ignore[arg-type]
+    return DataConfig.model_validate({"path": str(info.path)} | BATCHES | values)
+
+
+def with_workers(given: DataConfig, num_workers: int) -> DataConfig:
+    return given.model_copy(update={"num_workers": num_workers})
 
 
 @pytest.fixture(scope="module")
-def epoch(prepared: DatasetInfo) -> int:
-    """Global batches of an epoch."""
-    assert prepared.train.sequences % BATCH, "there shall be sequences left over"
-    return prepared.train.sequences // BATCH
+def epoch(given: DataConfig) -> int:
+    """Global batches that streaming puts in order at a time."""
+    sequences = as_one(open_sources(given)).train.sequences
+    assert sequences % BATCH, "there shall be sequences left over"
+    return sequences // BATCH
 
 
 @pytest.fixture(scope="module")
-def order(prepared: DatasetInfo, epoch: int) -> list[set[int]]:
-    """The global batches of three epochs, as one process reads them."""
-    ids, state = ranks.read(config(prepared), 3 * epoch)
+def order(given: DataConfig, epoch: int) -> list[list[int]]:
+    """The global batches of three such stretches, each sorted, as one process reads them."""
+    ids, state = ranks.read(given, 3 * epoch)
+    sequences = state.pop("sequences")
     assert state == {"batches": 3 * epoch, "global_batch_size": BATCH, "seed": 7}
-    return [set(batch) for batch in ids]
+    assert sum(sequences.values()) == 3 * epoch * BATCH
+    return [sorted(batch) for batch in ids]
 
 
-def together(shares: list[ranks.Read]) -> list[set[int]]:
-    """Global batches from the ranks' shares, each sample of which must be in one share only."""
+def together(shares: list[ranks.Read]) -> list[list[int]]:
+    """Global batches from the ranks' shares."""
     assert all(state == shares[0][1] for _, state in shares)
-    joined = [
-        [at for part in parts for at in part] for parts in zip(*(ids for ids, _ in shares), strict=True)
+    return [
+        sorted(at for part in parts for at in part) for parts in zip(*(ids for ids, _ in shares), strict=True)
     ]
-    assert all(len(set(batch)) == len(batch) == BATCH for batch in joined)
-    return [set(batch) for batch in joined]
 
 
 def test_a_batch_is_input_targets_and_ids(prepared: DatasetInfo) -> None:
@@ -84,85 +108,111 @@ def test_micro_batches_and_devices() -> None:
     assert batch.to("meta").inputs["tokens"].device.type == "meta"
 
 
-def test_an_epoch_reads_each_sequence_at_most_once(
-    prepared: DatasetInfo, order: list[set[int]], epoch: int
-) -> None:
-    for begin in range(0, 3 * epoch, epoch):
-        counts = Counter(at for batch in order[begin : begin + epoch] for at in batch)
-        assert set(counts.values()) == {1} and len(counts) == epoch * BATCH
-    assert len(set().union(*order)) > epoch * BATCH, "the ones left over are others in each epoch"
-    assert order[:epoch] != order[epoch : 2 * epoch]
+def test_of_each_source_every_sequence_comes_once_before_any_comes_again(given: DataConfig) -> None:
+    sizes = [source.info.train.sequences for source in open_sources(given)]
+    batches = 3 * sum(sizes) // BATCH + 1
+    ids, state = ranks.read(given, batches)
+    first = 0
+    for size, taken in zip(sizes, state["sequences"].values(), strict=True):
+        mine = [at - first for batch in ids for at in sorted(batch) if first <= at < first + size]
+        assert len(mine) == taken > 2 * size
+        counts = Counter(mine)
+        assert set(counts.values()) <= {taken // size, taken // size + 1}
+        before = 0
+        for batch in ids:  # at every batch, not at the end alone
+            before += sum(first <= at < first + size for at in batch)
+            if before >= size:
+                break
+        assert len(set(mine[:before])) == size and max(Counter(mine[:before]).values()) <= 2
+        first += size
 
 
-def test_seeds_and_shuffle(prepared: DatasetInfo, order: list[set[int]], epoch: int) -> None:
-    other = TrainingStream(config(prepared), 8, 0, 1)
-    assert set(next(other).sample_ids.tolist()) != order[0]
-    other.close()
-    ids, _ = ranks.read(config(prepared, shuffle=False), epoch)
+def test_seeds_and_shuffle(prepared: DatasetInfo) -> None:
+    batches = []
+    for seed in (7, 8):
+        stream = TrainingStream(config(prepared), seed, 0, 1)
+        batches.append(set(next(stream).sample_ids.tolist()))
+        stream.close()
+    assert batches[0] != batches[1]
+    size = prepared.train.sequences
+    ids, _ = ranks.read(config(prepared, shuffle=False), size // BATCH + 2)
     flat = [at for batch in ids for at in batch]
-    assert flat == sorted(flat)
+    assert flat == [at % size for at in range(len(flat))]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_reading_processes_do_not_matter(
-    prepared: DatasetInfo, order: list[set[int]], epoch: int, num_workers: int
+    given: DataConfig, order: list[list[int]], epoch: int, num_workers: int
 ) -> None:
-    ids, _ = ranks.read(config(prepared, num_workers=num_workers), 2 * epoch + 1)
-    assert [set(batch) for batch in ids] == order[: 2 * epoch + 1]
+    ids, _ = ranks.read(with_workers(given, num_workers), 2 * epoch + 1)
+    assert [sorted(batch) for batch in ids] == order[: 2 * epoch + 1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_ranks_do_not_matter(
-    prepared: DatasetInfo,
-    order: list[set[int]],
+    given: DataConfig,
+    order: list[list[int]],
     epoch: int,
     pools: dict[int, WorkerPool],
     num_workers: int,
 ) -> None:
-    shares = pools[2].run(ranks.read, config(prepared, num_workers=num_workers), 3 * epoch)
+    shares = pools[2].run(ranks.read, with_workers(given, num_workers), 3 * epoch)
     assert together(shares) == order
 
 
 def test_processes_that_share_a_data_rank_read_the_same(
-    prepared: DatasetInfo, order: list[set[int]], epoch: int, pools: dict[int, WorkerPool]
+    given: DataConfig, order: list[list[int]], epoch: int, pools: dict[int, WorkerPool]
 ) -> None:
-    first, second = pools[2].run(ranks.read, config(prepared), epoch + 2, None, True)
+    first, second = pools[2].run(ranks.read, given, epoch + 2, None, True)
     assert first == second
-    assert [set(batch) for batch in first[0]] == order[: epoch + 2]
+    assert [sorted(batch) for batch in first[0]] == order[: epoch + 2]
 
 
 @pytest.mark.parametrize("step", ["middle", "end of epoch", "second epoch"])
 def test_resuming_on_other_ranks_goes_on_with_the_same_batches(
-    prepared: DatasetInfo, order: list[set[int]], epoch: int, pools: dict[int, WorkerPool], step: str
+    given: DataConfig, order: list[list[int]], epoch: int, pools: dict[int, WorkerPool], step: str
 ) -> None:
     at = {"middle": 2, "end of epoch": epoch, "second epoch": epoch + 3}[step]
     rest = len(order) - at
-    (_, state), (_, same) = pools[2].run(ranks.read, config(prepared), at)
+    (_, state), (_, same) = pools[2].run(ranks.read, given, at)
     assert state == same
-    ids, _ = ranks.read(config(prepared, num_workers=1), rest, state)
-    assert [set(batch) for batch in ids] == order[at:]
-    _, state = ranks.read(config(prepared), at)
-    assert together(pools[2].run(ranks.read, config(prepared), rest, state)) == order[at:]
+    ids, _ = ranks.read(with_workers(given, 1), rest, state)
+    assert [sorted(batch) for batch in ids] == order[at:]
+    _, state = ranks.read(given, at)
+    assert together(pools[2].run(ranks.read, given, rest, state)) == order[at:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_going_back_and_forth(
-    prepared: DatasetInfo, order: list[set[int]], epoch: int, num_workers: int
+    given: DataConfig, order: list[list[int]], epoch: int, num_workers: int
 ) -> None:
-    stream = TrainingStream(config(prepared, num_workers=num_workers), 7, 0, 1)
+    stream = TrainingStream(with_workers(given, num_workers), 7, 0, 1)
+    saved = {}
+    for at in range(2 * epoch + 2):
+        saved[at] = stream.state_dict()
+        next(stream)
     for at in (2 * epoch + 1, 0, epoch, 3, epoch - 1):
-        stream.load_state_dict({"batches": at, "global_batch_size": BATCH, "seed": 7})
-        assert [set(next(stream).sample_ids.tolist()) for _ in range(3)] == order[at : at + 3]
+        stream.load_state_dict(saved[at])
+        assert [sorted(next(stream).sample_ids.tolist()) for _ in range(3)] == order[at : at + 3]
         assert stream.state_dict()["batches"] == at + 3
     stream.close()
 
 
-def test_a_position_of_another_run_is_refused(prepared: DatasetInfo) -> None:
+def test_a_position_of_another_run_is_refused(prepared: DatasetInfo, prepared_too: DatasetInfo) -> None:
     stream = TrainingStream(config(prepared), 7, 0, 1)
+    next(stream)
+    here = stream.state_dict()
     with pytest.raises(InputError, match=r"data.global_batch_size=8, the configuration has 12"):
-        stream.load_state_dict({"batches": 1, "global_batch_size": 8, "seed": 7})
+        stream.load_state_dict(here | {"global_batch_size": 8})
     with pytest.raises(InputError, match=r"run.seed=1, the configuration has 7"):
-        stream.load_state_dict({"batches": 1, "global_batch_size": BATCH, "seed": 1})
+        stream.load_state_dict(here | {"seed": 1})
+    stream.close()
+    mixed = mixture(prepared, prepared_too)
+    stream = TrainingStream(DataConfig.model_validate(mixed | BATCHES), 7, 0, 1)
+    with pytest.raises(
+        InputError, match=r"1 batches is \{'data': 12\}.*would be \{'web': \d+, 'songs': \d+\}"
+    ):
+        stream.load_state_dict(here)
     stream.close()
 
 
@@ -206,8 +256,8 @@ def test_what_can_not_be_streamed(
 
 def test_closing_leaves_nothing_behind(prepared: DatasetInfo) -> None:
     stream = TrainingStream(config(prepared, num_workers=1), 7, 0, 1)
-    stream.load_state_dict({"batches": 1, "global_batch_size": BATCH, "seed": 7})
-    stream.load_state_dict({"batches": 2, "global_batch_size": BATCH, "seed": 7})
+    stream.load_state_dict(stream.state_dict())
+    stream.load_state_dict(stream.state_dict())
     next(stream)
     assert "streaming" in sys.modules
     assert _mapped_here()

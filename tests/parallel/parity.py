@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelC
 from parallel.engine import Engine, EngineConfig
 from parallel.fsdp import master_dtype
 from parallel.layout import Layout
+from parallel.processes import WorkerPool
 
 MODEL = {
     "vocab_size": 67,
@@ -36,6 +40,12 @@ GLOBAL_BATCH, SEQ_LEN, SOURCE_LEN, STEPS, LR, CLIP = 8, 12, 9, 20, 1e-2, 0.5
 
 Run = tuple[dict[str, str], list[float], list[float]]
 """Digests of the initial weights, losses and gradient norms."""
+
+Case = tuple[dict[str, int], int, dict[str, Any], dict[str, Any]]
+"""Layout, sequences in a micro-batch (of 8 in all data ranks' batches), `parallel` and other sections, `model`."""
+
+Record = Callable[[str, object], None]
+"""Notes something by its name in the test's report: pytest's `record_property`."""
 
 
 def global_batch(step: int, names: tuple[str, ...] = ("tokens",)) -> Batch:
@@ -177,8 +187,11 @@ def mean_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def compare(results: list[Run], expected: Run, bound: float = 1e-9) -> None:
-    """What `train` returned on all ranks against what `reference` did: within a relative bound."""
+def compare(results: list[Run], expected: Run, bound: float = 1e-9) -> tuple[float, float]:
+    """What `train` returned on all ranks against what `reference` did: within a relative bound.
+
+    Returns the largest relative differences of a loss and of a gradient norm.
+    """
     initial, losses, norms = expected
     assert losses[-1] < losses[0], "something is learned"
     everywhere: dict[str, str] = {}
@@ -188,3 +201,70 @@ def compare(results: list[Run], expected: Run, bound: float = 1e-9) -> None:
         assert rank_losses == pytest.approx(losses, rel=bound)
         assert rank_norms == pytest.approx(norms, rel=bound)
     assert everywhere == initial
+    return (
+        max(apart(rank_losses, losses) for _, rank_losses, _ in results),
+        max(apart(rank_norms, norms) for *_, rank_norms in results),
+    )
+
+
+def apart(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def check(pools: dict[int, WorkerPool], case: Case, precision: str, bound: float, record: Record) -> None:
+    """Against one process; what `tests.parallel.proved` makes its table of is noted."""
+    layout, micro, parallel, model = case
+    for name, value in told(case).items():
+        record(name, value)
+    record("precision", precision)
+    results = pools[ranks_of(case)].run(train, layout, micro, precision, parallel, model)
+    loss, grad_norm = compare(results, reference(model, precision), bound)
+    record("loss", loss)
+    record("grad_norm", grad_norm)
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    """The engine deepspeed, with its section."""
+    return {"engine": "deepspeed", "deepspeed": {"stage": stage, **settings}}
+
+
+def ranks_of(case: Case) -> int:
+    """Processes that it takes."""
+    return prod(size for name, size in case[0].items() if name != "ep")
+
+
+TOLD_ANYWAY = {"tp": "sequence_parallel", "pp": "pp_schedule"}
+"""By dimension, the setting that is told of a case though it is the default's."""
+
+
+def told(case: Case) -> dict[str, str]:
+    """What a report says of a case: sizes of its layout, and all settings but sizes."""
+    layout, micro, parallel, model = case
+    sizes = [f"{field.name}={layout[field.name]}" for field in fields(Layout) if field.name in layout]
+    defaults = {
+        TOLD_ANYWAY[name]: getattr(ParallelConfig(), TOLD_ANYWAY[name])
+        for name in layout
+        if name in TOLD_ANYWAY
+    }
+    return {
+        "layout": " ".join(sizes),
+        "settings": " ".join([f"micro_batch_size={micro}", *settings_of(defaults | parallel)]),
+        "model": " ".join(settings_of(model)),
+    }
+
+
+def name_of(case: Case) -> str:
+    """All that is told of a case."""
+    return " ".join(part for part in told(case).values() if part)
+
+
+def settings_of(section: dict[str, Any]) -> list[str]:
+    """`key.path=value` of choices; a section that has none is named."""
+    found = []
+    for name, value in section.items():
+        if isinstance(value, dict):
+            found += [f"{name}.{inner}" for inner in settings_of(value)] or [name]
+        elif isinstance(value, bool | str) or name == "stage":
+            found.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return found

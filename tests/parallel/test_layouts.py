@@ -1,12 +1,11 @@
 """Every layout computes the run that one process computes: same initial weights, losses and gradient norms."""
 
-from math import prod
 from typing import Any
 
 import pytest
 
 from parallel.processes import WorkerPool
-from tests.parallel.parity import compare, reference, train
+from tests.parallel.parity import Case, Record, check, name_of
 
 MOE = {"num_experts": 6, "d_ff": 20, "load_balance_loss": 0.1, "router_z_loss": 0.01}
 LAST_LAYER = MOE | {"first_layer": 1, "capacity_factor": 1.2, "num_shared_experts": 1}
@@ -27,9 +26,6 @@ def budget(size: str) -> dict[str, Any]:
     """With so much memory for activations."""
     return {"activation_checkpoint": {"mode": "auto", "memory_budget": size}}
 
-
-Case = tuple[dict[str, int], int, dict[str, Any], dict[str, Any]]
-"""Layout, sequences in a micro-batch (of 8 in all data ranks' batches), `parallel` and other sections, `model`."""
 
 CASES: list[Case] = [
     ({}, 8, {}, {}),
@@ -152,40 +148,16 @@ SINGLE: list[Case] = [
 """What is proved in fp32 too."""
 
 
-def name_of(case: Case) -> str:
-    """Layout, sequences in a micro-batch, and all settings but sizes."""
-    layout, micro, parallel, model = case
-    sizes = [f"{name}={size}" for name, size in layout.items()]
-    return " ".join([*sizes, f"micro={micro}", *settings_of(parallel), *settings_of(model)])
-
-
-def settings_of(section: dict[str, Any]) -> list[str]:
-    """`key.path=value` of choices; a section that has none is named."""
-    found = []
-    for name, value in section.items():
-        if isinstance(value, dict):
-            found += [f"{name}.{inner}" for inner in settings_of(value)] or [name]
-        elif isinstance(value, bool | str) or name == "stage":
-            found.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return found
-
-
-def check(pools: dict[int, WorkerPool], case: Case, precision: str, bound: float) -> None:
-    """Against one process."""
-    layout, micro, parallel, model = case
-    ranks = prod(size for name, size in layout.items() if name != "ep")
-    results = pools[ranks].run(train, layout, micro, precision, parallel, model)
-    compare(results, reference(model, precision), bound)
-
-
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=name_of
 )
-def test_layout_computes_the_run_of_one_process(pools: dict[int, WorkerPool], case: Case) -> None:
-    check(pools, case, "fp64", 1e-9)
+def test_layout_computes_the_run_of_one_process(
+    pools: dict[int, WorkerPool], case: Case, record_property: Record
+) -> None:
+    check(pools, case, "fp64", 1e-9, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SINGLE, ids=name_of)
-def test_single_precision(pools: dict[int, WorkerPool], case: Case) -> None:
-    check(pools, case, "fp32", 1e-4)
+def test_single_precision(pools: dict[int, WorkerPool], case: Case, record_property: Record) -> None:
+    check(pools, case, "fp32", 1e-4, record_property)

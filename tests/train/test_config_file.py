@@ -59,7 +59,7 @@ def test_numbers_with_exponents_are_numbers(write, text: str) -> None:
         (["precision=fp12"], "precision='fp12': input should be 'fp32', 'bf16'"),
         (["optimizer.lr"], "'optimizer.lr' is not of the form key.path=value"),
         (["optimizer.lr=[1"], "is not valid YAML"),
-        (["run.tokens=10"], "run.steps and run.tokens are both given: keep one"),
+        (["run.tokens=10", "run.steps=5"], "run.steps and run.tokens are both given: keep one"),
         (["run.steps=null"], "the run has no end: set run.steps"),
         (["run.steps=null", "run.wall_time=1h"], "schedule.type=cosine must know where it ends"),
         (["run.name=../up"], "'../up' is not a folder's name"),

@@ -61,7 +61,7 @@ def test_help_imports_nothing_heavy() -> None:
         "from train.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'streaming', 'pydantic', 'numpy', 'yaml'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'streaming', 'pydantic', 'numpy', 'scipy', 'yaml'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -81,10 +81,13 @@ def test_help_imports_nothing_heavy() -> None:
         "generate",
         "evaluate",
         "plot",
+        "ladder",
         "export",
         "import",
         "config show",
         "config list",
+        "scaling fit",
+        "scaling predict",
     ],
 )
 def test_every_command_shows_an_example(command: str) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from model.config import ModelConfig
+from model.model import Model
 from model.models import parse_model
 from parallel.config import Precision
 from parallel.errors import LayoutError
@@ -23,9 +24,9 @@ from train.config_file import all_configs, load_config
 from train.errors import ConfigError
 from train.verify.arrangements import Arrangement, arrangements, parse
 from train.verify.batches import Batches
-from train.verify.plan import make_plan
+from train.verify.plan import Plan, make_plan
 from train.verify.shrink import shrink
-from train.verify.trial import Experiment
+from train.verify.trial import Experiment, engine_of
 from train.verify.verdict import Finding
 from train.verify.verify import verify
 
@@ -37,17 +38,20 @@ def findings(
 ) -> list[Finding]:
     """What is found of a configuration at layouts."""
     plan = make_plan(config, [], layouts, "2", STEPS)
-    experiment = Experiment(
-        plan.model, plan.optimizer, precision, plan.seed, STEPS, plan.global_batch_size, folder
-    )
-    return list(verify(experiment, plan.arrangements, pools))
+    return list(verify(experiment_of(plan, precision, folder), plan.arrangements, pools))
+
+
+def experiment_of(plan: Plan, precision: Precision, folder: Path) -> Experiment:
+    """A short one."""
+    return Experiment(plan.model, plan.optimizer, precision, plan.seed, STEPS, plan.global_batch_size, folder)
 
 
 @pytest.mark.parametrize(
     ("config", "layouts"),
     [
         ("llama3", ("dp_shard=2,micro_batch_size=1", "tp=2", "cp=2", "pp=2,pp_schedule=zbv_zero_bubble")),
-        ("deepseek_moe", ("dp_shard=2,ep=2", "pp=2")),
+        ("deepseek_moe", ("dp_shard=2,ep=2", "pp=2", "tp=2,activation_checkpoint=selective")),
+        ("modern", ("dp_shard=2,activation_checkpoint=auto", "pp=2,activation_checkpoint=auto")),
         ("flow_matching", ("tp=2",)),
         ("image_codes", ("cp=2",)),
         ("t5", ("tp=2,sequence_parallel=false",)),
@@ -59,6 +63,38 @@ def test_right_layouts_pass(
     for finding in findings(pools, tmp_path, config, *layouts):
         assert finding.error is None and finding.refused is None, finding
         assert finding.wrong("fp64") == [], finding
+
+
+def compiled(experiment: Experiment, arrangement: Arrangement) -> list[bool]:
+    """Runs in a worker: whether each of its blocks will be compiled."""
+    model = engine_of(experiment, arrangement, seed=0).model
+    assert isinstance(model, Model)
+    return [layer._compiled_call_impl is not None for layer in model.layers]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_blocks_are_compiled_where_that_is_tried(pools: WorkerPools, tmp_path: Path, compile: bool) -> None:
+    """That they then compute the same is `test_all_layouts_of_two_processes`'s to show: it takes a while."""
+    experiment = experiment_of(make_plan("modern", [], ["tp=2"], "2", STEPS), "fp64", tmp_path)
+    tried = parse(f"tp=2,compile={str(compile).lower()}")
+    for blocks in pools[2].run(compiled, experiment, tried):
+        assert set(blocks) == {compile}
+
+
+def recomputed(experiment: Experiment, arrangement: Arrangement) -> set[str]:
+    """Runs in a worker: how its blocks recompute."""
+    budgeted = engine_of(experiment, arrangement, seed=0).budgeted
+    assert budgeted is not None
+    return set(budgeted.chosen.values())
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2", "pp=2", "cp=2"])
+def test_auto_has_a_budget_that_some_blocks_must_recompute_for(
+    pools: WorkerPools, tmp_path: Path, layout: str
+) -> None:
+    experiment = experiment_of(make_plan("modern", [], [layout], "2", STEPS), "fp64", tmp_path)
+    for chosen in pools[2].run(recomputed, experiment, parse(f"{layout},activation_checkpoint=auto")):
+        assert len(chosen) > 1, chosen
 
 
 FAULTS: list[tuple[Callable[[], Any], str, set[str]]] = [
@@ -194,6 +230,16 @@ def test_every_dimension_and_pair_is_tried() -> None:
     assert not any("ep=" in name for name in arrangements(SMALL["gpt2"], 4))
     schedules = {name for name in arrangements(SMALL["gpt2"], 2) if "pp_schedule" in name}
     assert len(schedules) == 4
+
+
+def test_every_way_to_recompute_is_tried_and_compiled_blocks_once_on_one_rank_and_on_two() -> None:
+    tried = {size: list(arrangements(SMALL["gpt2"], size)) for size in (1, 2, 4, 8)}
+    compiled = [name for names in tried.values() for name in names if "compile" in name]
+    assert compiled == ["dp_shard=1,compile=true", "tp=2,compile=true"]
+    for names in (tried[2], tried[4], tried[8]):
+        modes = {name.partition("activation_checkpoint=")[2] for name in names}
+        assert modes == {"", "selective", "full", "auto"}
+        assert len(names) == len(set(names))
 
 
 def test_the_command_says_what_passed_and_what_is_refused(

@@ -2,7 +2,20 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, jobs, plot, prepare, submit, train, verify
+from train.cli import (
+    config,
+    convert,
+    evaluate,
+    generate,
+    jobs,
+    ladder,
+    plot,
+    prepare,
+    scaling,
+    submit,
+    train,
+    verify,
+)
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -21,9 +34,11 @@ app.command()(generate.generate)
 app.command()(verify.verify)
 app.command()(evaluate.evaluate)
 app.command()(plot.plot)
+app.command()(ladder.ladder)
 app.command("export")(convert.export_)
 app.command("import")(convert.import_)
 app.add_typer(config.app, name="config")
+app.add_typer(scaling.app, name="scaling")
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from itertools import combinations
 from math import prod
-from typing import Annotated, Any, get_args
+from typing import get_args
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from model.config import BaseModelConfig, ModelConfig
-from parallel.config import ActivationCheckpointConfig, ParallelConfig
+from parallel.config import ParallelConfig, RecomputeMode
 from parallel.errors import LayoutError
 from parallel.fit import check_fit, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
@@ -18,14 +18,11 @@ from train.errors import ConfigError
 OPTIONS = (
     "micro_batch_size=1",
     "activation_checkpoint=full",
+    "activation_checkpoint=auto",
     "reshard_after_forward=false",
     "cpu_offload=true",
 )
 """Tried with `dp_shard`."""
-
-
-def _of_mode(mode: Any) -> Any:
-    return {"mode": mode} if isinstance(mode, str) else mode
 
 
 class Arrangement(ParallelConfig):
@@ -33,10 +30,10 @@ class Arrangement(ParallelConfig):
 
     dp_shard: int = Field(1, ge=1)
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded."""
-    activation_checkpoint: Annotated[ActivationCheckpointConfig, BeforeValidator(_of_mode)] = (
-        ActivationCheckpointConfig()
-    )
-    """Its mode, where it is written."""
+    activation_checkpoint: RecomputeMode = "none"
+    """`auto`: within a half of what the blocks would keep without."""
+    compile: bool = False
+    """Compile every block, which takes a while."""
     micro_batch_size: PositiveInt | None = None
     """Sequences. Unset: a half of a rank's share; in a pipeline, what makes two micro-batches for each of its ranks."""
 
@@ -93,6 +90,7 @@ def arrangements(model: BaseModelConfig, world_size: int) -> Iterator[str]:
     yield whole
     yield from (f"{whole},{option}" for option in OPTIONS)
     if world_size == 1:
+        yield f"{whole},compile=true"
         return
     moe = isinstance(model, ModelConfig) and model.moe is not None
     for sizes in _meshes(world_size):
@@ -127,8 +125,12 @@ def _variants(sizes: dict[str, int], model: BaseModelConfig) -> Iterator[str]:
     if sizes.keys() == {"tp"}:
         yield "sequence_parallel=false"
         yield "activation_checkpoint=full"
+        yield "activation_checkpoint=selective"
+    if sizes == {"tp": 2}:
+        yield "compile=true"
     if sizes.keys() == {"pp"}:
         for schedule in get_args(Schedule):
             # two stages a rank are tried where there are the layers for it
             if schedule != "1f1b" and not (schedule in MANY_STAGES and 2 * sizes["pp"] > model.num_layers):
                 yield f"pp_schedule={schedule}"
+        yield "activation_checkpoint=auto"

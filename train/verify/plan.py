@@ -36,7 +36,7 @@ def make_plan(config: str, overrides: Sequence[str], layouts: Sequence[str], wor
     Raises:
         ConfigError, LayoutError: the user's mistake.
     """
-    made_up = ["data.path=made-up", f"run.steps={steps}", "run.tokens=null"]
+    made_up = ["data.path=made-up", "data.sources=[]", f"run.steps={steps}", "run.tokens=null"]
     loaded = load_config(config, [*made_up, *overrides]).config
     sizes = _world_sizes(worlds)
     written = [] if "all" in layouts else [(text, parse(text)) for text in layouts]

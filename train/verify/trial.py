@@ -8,6 +8,7 @@ from math import inf, isfinite
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,11 +20,16 @@ from model.initialize import initialize
 from model.loss import IGNORE_INDEX
 from model.model import Model
 from model.moe import take_expert_counts, update_balance
-from parallel.config import CompileConfig, Precision
+from parallel.activation_budget import total
+from parallel.activation_memory import measure
+from parallel.build import Blueprint
+from parallel.config import ActivationCheckpointConfig, CompileConfig, Precision
+from parallel.context import Context
 from parallel.engine import Engine, EngineConfig
 from parallel.engines import make_engine
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE, master_dtype
+from parallel.mesh import mesh_of
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import OptimizerConfig
@@ -128,7 +134,7 @@ def try_arrangement(experiment: Experiment, arrangement: Arrangement, expected: 
     """
     _hush()
     try:
-        engine = _make_engine(experiment, arrangement, experiment.seed)
+        engine = engine_of(experiment, arrangement, experiment.seed)
     except LayoutError as error:
         return str(error)
     initial = load_file(experiment.folder / INITIAL)
@@ -161,13 +167,16 @@ def _hush() -> None:
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
 
 
-def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) -> Engine:
+def engine_of(experiment: Experiment, arrangement: Arrangement, seed: int) -> Engine:
+    """Called by all ranks. Raises LayoutError where the model can't be laid out so."""
+    if arrangement.compile:
+        torch.compiler.reset()  # code compiled for other layouts counts towards the limit of kinds
     config = EngineConfig(
         experiment.model,
         arrangement,
         experiment.precision,
-        arrangement.activation_checkpoint,
-        CompileConfig(),
+        _recomputation(experiment, arrangement),
+        CompileConfig(enabled=arrangement.compile),
         micro_batch_size=arrangement.micro_batch(experiment.global_batch_size),
         global_batch_size=experiment.global_batch_size,
         seq_len=experiment.model.max_seq_len,
@@ -176,6 +185,21 @@ def _make_engine(experiment: Experiment, arrangement: Arrangement, seed: int) ->
     )
     settings, device = experiment.optimizer, torch.device("cpu")
     return make_engine(config, arrangement.layout, device, lambda model: make_optimizer(model, settings))
+
+
+def _recomputation(experiment: Experiment, arrangement: Arrangement) -> ActivationCheckpointConfig:
+    """With `auto` the budget is a half of what the rank with the most would keep without one."""
+    mode = arrangement.activation_checkpoint
+    if mode != "auto":
+        return ActivationCheckpointConfig(mode=mode)
+    mesh = mesh_of(arrangement.layout, "cpu")
+    context = Context(mesh.cp) if arrangement.cp > 1 else None
+    micro_batch = arrangement.micro_batch(experiment.global_batch_size), experiment.model.max_seq_len
+    blueprint = Blueprint(experiment.model, arrangement, mesh, context)
+    kept = measure(blueprint, COMPUTE_DTYPE[experiment.precision], micro_batch)
+    most = torch.tensor(total(kept, dict.fromkeys(kept, "none")))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return ActivationCheckpointConfig(mode=mode, memory_budget=max(1, int(most) // 2))
 
 
 def _train(engine: Engine, experiment: Experiment, steps: Iterable[int], curve: Curve) -> list[list[int]]:
@@ -200,7 +224,7 @@ def _go_on_elsewhere(
     experiment: Experiment, arrangement: Arrangement, path: Path, step: int, expected: Curve
 ) -> float:
     """The largest difference of a run that goes on from a checkpoint of a step, over what another seed made."""
-    engine = _make_engine(experiment, arrangement, experiment.seed + 1)
+    engine = engine_of(experiment, arrangement, experiment.seed + 1)
     engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors))
     curve = Curve([], [])
     _train(engine, experiment, range(step, experiment.steps), curve)
