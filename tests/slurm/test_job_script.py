@@ -14,6 +14,8 @@ from slurm.submit import submissions
 from tests.slurm.cluster import Cluster, wait_at_most
 from tests.slurm.fake import HEALTHY, SAVES_WHEN_ASKED, FakeRun
 
+pytestmark = pytest.mark.slow
+
 TASKS = SlurmConfig(nodes=2, procs_per_node=2, launcher="srun", max_restarts=0, bind_cpus=False)
 
 
@@ -110,6 +112,19 @@ def test_a_signal_before_the_processes_are_ready_is_sent_again(cluster: Cluster,
     cluster.command("scancel", "--batch", "--signal=USR2", job)
     run.wait_for("done")
     assert run.events[1] == "requeue stopped by a signal after a step"
+
+
+def test_without_requeue_it_ends_and_the_next_of_the_chain_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    train = f'[ ! -e "$run/trains.0" ] || exit 0\n{SAVES_WHEN_ASKED}'
+    run = FakeRun(tmp_path / "ends", train)
+    first, second = run.submit(cluster, make(nodes=1, procs_per_node=1, requeue=False), chain=2)
+    run.wait_for_file("trains.0")
+    cluster.command("scancel", "--batch", "--signal=USR2", first)
+    run.wait_for("done")
+    assert [event.split()[0] for event in run.events] == ["start", "stopped", "start", "done"]
+    shown = cluster.command("scontrol", "show", "job", first)
+    assert "Restarts=0" in shown and "ExitCode=75:0" in shown
+    assert "Restarts=0" in cluster.command("scontrol", "show", "job", second)
 
 
 def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster, tmp_path: Path) -> None:
