@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,14 @@ def make_loader(sequences: TrainingSequences, num_workers: int) -> StreamingData
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         collate_fn=sequences.collate,
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A signal to the whole job asks the parent to stop, for which it still needs its batch; then it ends us."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ValidationSequences:

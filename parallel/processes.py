@@ -55,8 +55,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def end_process() -> NoReturn:
-    """Leave with exit code 0 when all is done and closed.
+def end_process(code: int = 0) -> NoReturn:
+    """Leave with this exit code when all is done and closed.
 
     A process that had a gloo group at times aborts in the interpreter's ordinary exit, with `terminate called
     without an active exception`: a thread of the library's outlives what it belongs to. So that is not gone through.
@@ -64,7 +64,7 @@ def end_process() -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def any_rank(flag: bool) -> bool:

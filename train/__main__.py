@@ -1,8 +1,10 @@
 """The worker: `torchrun ... -m train CONFIG [key.path=value ...]`, and what `trireme train` starts."""
 
+import os
 import sys
 
 from train.errors import told_in_one_line
+from train.stop import die_with_parent, hold_signals
 
 
 def main(arguments: list[str]) -> None:
@@ -10,13 +12,14 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         print("usage: torchrun ... -m train CONFIG [key.path=value ...]", file=sys.stderr)
         sys.exit(2)
+    hold_signals()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     with told_in_one_line():
-        from parallel.processes import end_process
         from train.config_file import load_config
         from train.worker import work
 
         work(load_config(arguments[0], arguments[1:]))
-        end_process()
 
 
 if __name__ == "__main__":

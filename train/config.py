@@ -16,6 +16,7 @@ from data.config import DataConfig
 from model.config import BaseModelConfig, ModelConfig
 from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from slurm.config import SlurmConfig
 from train.counts import parse_count
 from train.duration import parse_seconds
 
@@ -50,6 +51,10 @@ class RunConfig(Section):
     """Stop after this many tokens, rounded up to whole steps."""
     wall_time: Seconds | None = None
     """Save and stop after this long, such as `90m` or `1h30m`; the run can be resumed."""
+
+    grace_time: Seconds = 120
+    """How long a run that a signal asked to stop may take to finish its step and save; on Slurm the signal comes this
+    long before the time limit."""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -165,6 +170,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    slurm: SlurmConfig = SlurmConfig()
     dial: DialConfig | None = Field(None, exclude=True)
     """Unset: nothing. What it sets stands in the other sections, and is what is shown and saved."""
 

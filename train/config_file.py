@@ -31,9 +31,18 @@ class Loaded:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number (YAML 1.2)."""
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and 24:00:00 is none (YAML 1.2)."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in rules if tag != "tag:yaml.org,2002:int"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|\d[\d_]*)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|nan)$"),
@@ -41,14 +50,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path_or_name: str, overrides: Iterable[str] = ()) -> Loaded:
+def load_config(path_or_name: str, overrides: Iterable[str] = (), profiles: Iterable[str] = ()) -> Loaded:
     """Read a configuration file, or one below configs/ by its name, and apply `key.path=value` overrides.
+
+    profiles: further files, of which the later wins, such as a cluster's.
 
     Raises:
         ConfigError: anything wrong with the file, a key or a value, in one line.
     """
     settings = _Layers()
-    _read_file(find_config(path_or_name), settings, seen=())
+    for each in (path_or_name, *profiles):
+        _read_file(find_config(each), settings, seen=())
     given: Values = {}
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from data.errors import InputError
 from model.errors import ConversionError
 from parallel.errors import LayoutError
+from slurm.errors import SlurmError
 
 EXIT_USER_ERROR = 2
 
@@ -19,7 +20,7 @@ class RunError(Exception):
     """A run folder is not what the command needs. The message is one line that says what would do."""
 
 
-USER_ERRORS = (ConfigError, RunError, InputError, LayoutError, ConversionError)
+USER_ERRORS = (ConfigError, RunError, InputError, LayoutError, ConversionError, SlurmError)
 
 
 @contextmanager

@@ -1,8 +1,13 @@
 """Starting the processes of a run on this machine."""
 
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+
+import psutil
 
 from data.dataset import SPLITS
 from data.shards import check
@@ -10,10 +15,20 @@ from data.shared_memory import clean_stale_shared_memory
 from train import checkpoint_folder, run_folder
 from train.config_file import load_config
 from train.resolve import resolve
+from train.stop import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    SIGNALS,
+    die_with_parent,
+    hold_signals,
+    ignore_signals,
+)
+
+_AGAIN_SECONDS = 1.0
 
 
 def launch(config: str, overrides: Sequence[str]) -> None:
-    """Check everything; then train in this process, or replace it by torchrun where the layout needs several.
+    """Check everything; then train in this process, or in torchrun's where the layout needs several.
 
     Raises:
         ConfigError, RunError, LayoutError, InputError: the user's mistake, before any process is started.
@@ -30,13 +45,49 @@ def launch(config: str, overrides: Sequence[str]) -> None:
     clean_stale_shared_memory()
     processes = plan.layout.world_size
     if processes == 1 or "RANK" in os.environ:
-        from parallel.processes import end_process  # only now: torch takes seconds
-        from train.worker import work
+        hold_signals()
+        from train.worker import work  # only now: torch takes seconds
 
         work(loaded)
-        end_process()
+    folder.stopped.unlink(missing_ok=True)
+    code = _run_torchrun(processes, ["-m", "train", config, *overrides])
+    sys.exit(EXIT_STOPPED if code == 0 and folder.stopped.exists() else code)
+
+
+def _run_torchrun(processes: int, command: Sequence[str]) -> int:
+    """Run the command as a group of processes, pass signals on to them, and wait. Returns torchrun's exit code.
+
+    torchrun itself ignores them: it would end the workers before they have saved.
+    """
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # torchrun tells workers to end only if another failed, and then there is nothing to wait for
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    options = ["--standalone", f"--nproc-per-node={processes}", "--signals-to-handle=SIGQUIT"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "train", config, *overrides])
+    agent = subprocess.Popen(torchrun, preexec_fn=_keep_at_it)
+    asked: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: asked.append(number))
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return agent.wait(_AGAIN_SECONDS)
+        if asked.count(signal.SIGINT) > 1:
+            agent.kill()  # and its workers with it
+            return EXIT_INTERRUPTED
+        if asked:  # again and again: workers that have just been started miss it
+            _ask_to_stop(agent.pid)
+
+
+def _keep_at_it() -> None:
+    """In torchrun, before it starts: go on until the workers end, or the launcher is gone."""
+    ignore_signals()
+    die_with_parent()
+
+
+def _ask_to_stop(agent: int) -> None:
+    """Tell torchrun's workers, each of which is in a session of its own."""
+    for worker in psutil.Process(agent).children():
+        with suppress(psutil.NoSuchProcess):
+            worker.terminate()

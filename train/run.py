@@ -1,6 +1,7 @@
 """One run in one process of the group: puts engine, data, monitor and loop together."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,16 +22,21 @@ from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.run_folder import RunFolder, drop_metrics_after, folder_of
 from train.samples import make_sample
+from train.stop import Stop
 from train.trainer import Hooks, Trainer
 
 log = logging.getLogger(__name__)
 
 
-def run(plan: Plan, device: torch.device) -> int:
+def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> int:
     """Train to the end that the plan sets, from the newest checkpoint if there is one.
 
-    Called in every process of an initialized group, on a folder that `run_folder.create` made.
+    Called in every process of an initialized group, on a folder that `run_folder.create` made. `listen` is called
+    when training begins, and notes what asks it to stop.
     Returns the last step.
+
+    Raises:
+        Stopped: asked to stop before the end, and saved.
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
@@ -69,7 +75,7 @@ def run(plan: Plan, device: torch.device) -> int:
         start=start,
     )
     try:
-        return trainer.train()
+        return trainer.train(listen())
     finally:
         monitor.close()
         stream.close()

@@ -43,6 +43,8 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
+        self.stopped = path / "stopped"
+        """There while a run that a signal stopped waits to be started again."""
 
 
 def folder_of(config: Config) -> RunFolder:
@@ -122,6 +124,7 @@ def create(folder: RunFolder, plan: Plan) -> None:
     try:
         for path in (folder.checkpoints, folder.tensorboard, folder.logs):
             path.mkdir(parents=True, exist_ok=True)
+        folder.stopped.unlink(missing_ok=True)
         folder.config.write_text(to_yaml(plan.config))
         for name in plan.dataset.files:
             shutil.copyfile(plan.dataset.path / name, folder.path / name)
@@ -155,14 +158,14 @@ def drop_metrics_after(folder: RunFolder, step: int) -> None:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """The metrics of every step so far.
+    """The metrics of every step so far; a line that is only half there, as when the run was killed, is none.
 
     Raises:
         RunError: there are none.
     """
     if not folder.metrics.is_file():
         raise RunError(f"{folder.path} has no metrics.jsonl: train it first")
-    return [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [json.loads(line) for line in folder.metrics.read_text().rpartition("\n")[0].splitlines()]
 
 
 def _at(tree: Mapping[str, Any], key: str) -> Any:

@@ -16,6 +16,7 @@ from train.monitor import Monitor
 from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.schedule import learning_rate
+from train.stop import Stop, Stopped
 
 
 class Engine(Protocol):
@@ -88,11 +89,17 @@ class Trainer:
         self.step = self._saved = start
         self._pending: Pending | None = None
 
-    def train(self) -> int:
-        """Run to the end. Returns the last step done, of which there is a checkpoint."""
+    def train(self, stop: Stop) -> int:
+        """Run to the end. Returns the last step done, of which there is a checkpoint.
+
+        Raises:
+            Stopped: some rank was asked to stop before the end; there is a checkpoint all the same.
+        """
         deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
         self.start_clock()
-        while self.step != self.plan.total_steps and not any_rank(time.monotonic() > deadline):
+        while self.step != self.plan.total_steps and not any_rank(
+            stop.requested is not None or time.monotonic() > deadline
+        ):
             self.step += 1
             self.train_step()
             if self._due(self.config.evaluation.every_steps) or self._is_last():
@@ -103,6 +110,8 @@ class Trainer:
                 self._pause(self._save)
         if self._saved != self.step:
             self._pause(self._save)
+        if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
+            raise Stopped(f"stopped by a signal after step {self.step}")
         return self.step
 
     def start_clock(self) -> None:

@@ -1,20 +1,29 @@
 """A process of a run, from its place in the group to its end."""
 
 import logging
+import os
 import sys
+from functools import partial
+from typing import NoReturn
 
 import torch.distributed as dist
 
-from parallel.processes import pick_device, process_group
+from parallel.processes import end_process, pick_device, process_group
 from train import run_folder
 from train.config_file import Loaded
 from train.resolve import resolve
 from train.run import run
 from train.run_folder import RunFolder
+from train.stop import EXIT_STOPPED, Stopped, listen
+
+log = logging.getLogger(__name__)
 
 
-def work(loaded: Loaded) -> None:
-    """Check, join the group, train. Every rank checks alike, so a user's mistake stops all of them.
+def work(loaded: Loaded) -> NoReturn:
+    """Check, join the group, train, and end the process. Every rank checks alike, so a user's mistake stops all.
+
+    A run that a signal stopped has a file that says so in its folder, since torchrun passes no exit code on; under
+    torchrun, which would start the ranks again, the code is 0.
 
     Raises:
         ConfigError, RunError, LayoutError, InputError: the user's mistake.
@@ -23,13 +32,21 @@ def work(loaded: Loaded) -> None:
     folder = run_folder.folder_of(plan.config)
     run_folder.check_same_run(folder, plan)
     device = pick_device()
+    code = 0
     with process_group(device):
         if dist.get_rank() == 0:
             run_folder.create(folder, plan)
         dist.barrier()
         _log_to(folder)
-        run(plan, device)
+        try:
+            run(plan, device, partial(listen, plan.config.run.grace_time))
+        except Stopped as stopped:
+            log.info("%s: the same command goes on from there", stopped)
+            if dist.get_rank() == 0:
+                folder.stopped.write_text(f"{stopped}\n")
+            code = 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
         dist.barrier()
+    end_process(code)
 
 
 def _log_to(folder: RunFolder) -> None:

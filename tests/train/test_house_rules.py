@@ -93,6 +93,11 @@ def test_help_imports_nothing_heavy() -> None:
     [
         "prepare",
         "train",
+        "submit",
+        "jobs",
+        "logs",
+        "cancel",
+        "tensorboard",
         "verify",
         "generate",
         "evaluate",

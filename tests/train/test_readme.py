@@ -58,7 +58,7 @@ def test_a_run_of_your_own(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran == 12
+    assert ran == 13
     assert [step for step, _, _ in losses(tmp_path / "runs" / "mine")] == list(range(1, 7))
     assert (tmp_path / "runs" / "mine" / "curves.png").is_file()
     assert len(losses(tmp_path / "runs" / "three")) == 20

@@ -2,7 +2,20 @@
 
 import typer
 
-from train.cli import config, convert, evaluate, generate, ladder, plot, prepare, scaling, train, verify
+from train.cli import (
+    config,
+    convert,
+    evaluate,
+    generate,
+    jobs,
+    ladder,
+    plot,
+    prepare,
+    scaling,
+    submit,
+    train,
+    verify,
+)
 from train.errors import told_in_one_line
 
 app = typer.Typer(
@@ -14,6 +27,9 @@ app = typer.Typer(
 )
 app.command()(prepare.prepare)
 app.command()(train.train)
+app.command()(submit.submit)
+for command in (jobs.jobs, jobs.logs, jobs.cancel, jobs.tensorboard):
+    app.command()(command)
 app.command()(generate.generate)
 app.command()(verify.verify)
 app.command()(evaluate.evaluate)

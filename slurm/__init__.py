@@ -1,0 +1,1 @@
+"""Slurm: submission, the job script, requeue, node health, jobs and their state. Imports no other room."""

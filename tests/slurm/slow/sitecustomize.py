@@ -1,0 +1,46 @@
+"""On a job's path: training steps take STEP_SECONDS more each, and one waits for the file HOLD_UNTIL."""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HELD_STEP = 8
+
+
+class _SlowSteps(importlib.abc.MetaPathFinder):
+    """Finds train.trainer, and changes its step once it is loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Only of that module."""
+        if fullname != "train.trainer":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        assert spec is not None and spec.loader is not None
+        load = spec.loader.exec_module
+
+        def load_and_slow_down(module: ModuleType) -> None:
+            load(module)
+            step = module.Trainer.train_step
+
+            def slow_step(self: Any) -> None:
+                time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+                while self.step == HELD_STEP and not Path(os.environ.get("HOLD_UNTIL", "/")).exists():
+                    time.sleep(0.05)
+                step(self)
+
+            module.Trainer.train_step = slow_step
+
+        spec.loader.exec_module = load_and_slow_down  # type: ignore[method-assign]
+        return spec
+
+
+if {"STEP_SECONDS", "HOLD_UNTIL"} & os.environ.keys():
+    sys.meta_path.insert(0, _SlowSteps())
