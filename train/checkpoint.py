@@ -6,9 +6,10 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,45 +18,59 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from train.checkpoint_folder import FORMAT, MANIFEST, Progress, checksum, complete
+from train.agree import on_first_rank
+from train.checkpoint_folder import FORMAT, MANIFEST, UNFINISHED, Progress, checksum, complete, digest, remove
 from train.errors import RunError
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> Path:
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: int, origin: Mapping[str, Any]
+) -> Path:
     """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove all but the newest `keep`.
 
-    It is written aside, checksummed, brought to the disk and renamed, so that what bears the name is whole.
+    It is written aside, checksummed, brought to the disk and renamed, so that what bears the name is whole. Either all
+    ranks return or all raise.
+
+    origin: what else the manifest says, such as the layout.
 
     Raises:
         RunError: the disk is full, or can't be written to.
     """
     final = folder / f"step-{progress.step:08d}"
-    aside = final.with_suffix(".tmp")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
+    aside = final.with_suffix(UNFINISHED)
+    what = f"{final}: not saved"
     try:
+        on_first_rank(lambda: _begin(aside), what)
         dcp_save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+        on_first_rank(lambda: _commit(aside, final, progress, origin), what)
     except CheckpointException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        mend = "free some space and give the same command again: it goes on from the newest checkpoint"
-        raise RunError(f"{_reason(error, f'{final}: not saved')}; {mend}") from None
-    if first:
-        _commit(aside, final, progress)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        _give_up(aside, _reason(error, what))
+    except RunError as error:
+        _give_up(aside, str(error))
+    on_first_rank(lambda: _prune(folder, keep), f"{folder}: an old checkpoint can't be removed")
     return final
 
 
-def _commit(aside: Path, final: Path, progress: Progress) -> None:
+def _give_up(aside: Path, reason: str) -> NoReturn:
+    shutil.rmtree(aside, ignore_errors=True)
+    mend = "free some space and give the same command again: it goes on from the newest checkpoint"
+    raise RunError(f"{reason}; {mend}") from None
+
+
+def _begin(aside: Path) -> None:
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+
+
+def _commit(aside: Path, final: Path, progress: Progress, origin: Mapping[str, Any]) -> None:
     files = sorted(file for file in aside.rglob("*") if file.is_file())
+    libraries = ["trireme", "torch", *(["deepspeed"] if origin.get("engine") == "deepspeed" else [])]
     manifest = {
         "format": FORMAT,
-        "torch": torch.__version__,
+        "versions": {name: version(name) for name in libraries},
         "world_size": dist.get_world_size(),
+        **origin,
         "progress": asdict(progress),
         "files": {
             str(file.relative_to(aside)): {"bytes": file.stat().st_size, "sha256": checksum(file)}
@@ -63,13 +78,18 @@ def _commit(aside: Path, final: Path, progress: Progress) -> None:
         },
     }
     manifest_file = aside / MANIFEST
-    manifest_file.write_text(json.dumps(manifest, indent=1) + "\n")
+    manifest_file.write_text(json.dumps(manifest | {"sha256": digest(manifest)}, indent=1) + "\n")
     for path in [*files, manifest_file, aside]:
         _to_disk(path)
     if final.exists():  # the same step again, after going back to an earlier checkpoint
-        shutil.rmtree(final)
+        remove(final)
     aside.rename(final)
     _to_disk(final.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in complete(folder)[:-keep]:
+        remove(old)
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

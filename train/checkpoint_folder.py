@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from train.errors import RunError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+UNFINISHED = ".tmp"
+"""How the name of a folder ends that is being written, or removed."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -44,8 +48,26 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint, which at no time is there in part."""
+    aside = path.with_suffix(f".removed{UNFINISHED}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def clean_up(folder: Path, log: logging.Logger) -> None:
+    """Remove what was left half written or half removed when a run was killed."""
+    for path in folder.glob(f"step-*{UNFINISHED}"):
+        log.warning("%s was left unfinished: removed", path)
+        shutil.rmtree(path)
+
+
 def latest(folder: Path, log: logging.Logger) -> Path | None:
-    """The newest checkpoint whose files are as they were written; damaged ones are passed over, and named."""
+    """The newest checkpoint whose files are as they were written; damaged ones are passed over, and named.
+
+    Raises:
+        RunError: a newer one is of another format.
+    """
     for path in reversed(complete(folder)):
         damage = find_damage(path)
         if damage is None:
@@ -55,9 +77,13 @@ def latest(folder: Path, log: logging.Logger) -> Path | None:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None.
+
+    Raises:
+        RunError: it is of another format.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _read_manifest(path)
         for name, fact in manifest["files"].items():
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()):
@@ -77,13 +103,25 @@ def load_progress(path: Path) -> Progress:
     Raises:
         RunError: the checkpoint is of another format.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
+    return Progress(**_read_manifest(path)["progress"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
         raise RunError(
             f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}: "
             f"use the version that wrote it"
         )
-    return Progress(**manifest["progress"])
+    written = manifest.pop("sha256", None)  # those of before it was introduced lack it
+    if written not in (None, digest(manifest)):
+        raise ValueError("it is not what was written")
+    return manifest
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(file: Path) -> str:

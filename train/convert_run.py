@@ -123,7 +123,7 @@ def import_run(source: Path, out: Path, data_path: str, config_file: Path | None
             shutil.copyfile(tokenizer, folder.tokenizer)
     named = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with process_group(torch.device("cpu")):
-        checkpoint.save(folder.checkpoints, named, Progress(step=0, tokens=0, data={}), keep=1)
+        checkpoint.save(folder.checkpoints, named, Progress(step=0, tokens=0, data={}), 1, {})
     return Imported(model, source if step is None else step)
 
 

@@ -1,8 +1,11 @@
 """One run in one process of the group: puts engine, data, monitor and loop together."""
 
+import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +17,14 @@ from parallel.engine import Engine, EngineConfig
 from parallel.engines import make_engine
 from parallel.hardware import peak_flops
 from train import checkpoint, checkpoint_folder
+from train.agree import on_first_rank
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
 from train.order_digest import OrderDigest
 from train.resolve import Plan
-from train.run_folder import RunFolder, drop_metrics_after, folder_of
+from train.run_folder import RunFolder, drop_metrics_after, folder_of, to_yaml
 from train.samples import make_sample
 from train.stop import Stop
 from train.trainer import Hooks, Trainer
@@ -99,18 +103,9 @@ def engine_of(plan: Plan, device: torch.device) -> Engine:
     return make_engine(settings, plan.layout, device, lambda model: make_optimizer(model, config.optimizer))
 
 
-def newest_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest undamaged checkpoint, as rank 0 finds it, on all ranks."""
-    found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        found = [checkpoint_folder.latest(folder.checkpoints, log)]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
 def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progress:
     """Load the newest checkpoint into engine and stream. Returns where it stands; at step 0 where there is none."""
-    path = newest_checkpoint(folder)
+    path = on_first_rank(lambda: _newest(folder), f"{folder.checkpoints} can't be read")
     if path is None:
         return Progress(0, 0, {})
     progress = checkpoint_folder.load_progress(path)
@@ -123,14 +118,30 @@ def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progre
     return progress
 
 
+def _newest(folder: RunFolder) -> Path | None:
+    """The newest undamaged checkpoint; what a kill left unfinished is removed."""
+    checkpoint_folder.clean_up(folder.checkpoints, log)
+    return checkpoint_folder.latest(folder.checkpoints, log)
+
+
+def _origin(plan: Plan) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that wrote it."""
+    config = plan.config
+    return {
+        "engine": config.parallel.engine,
+        "layout": asdict(plan.layout),
+        "config_sha256": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+    }
+
+
 def _make_hooks(
     plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor
 ) -> Hooks:
-    config = plan.config
+    config, origin = plan.config, _origin(plan)
 
     def save(step: int, data_order_digest: str) -> None:
         progress = Progress(step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest)
-        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
+        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep, origin)
         log.debug("saved %s", path)
 
     def sample(step: int) -> None:

@@ -143,7 +143,7 @@ def take_over(
     came = digests(engine.state())
     loss = engine.forward_backward(twelve(number, engine), number).item()
     engine.step(LR)
-    checkpoint.save(after, engine.state(), Progress(number + 1, 0, {}), keep=1)
+    checkpoint.save(after, engine.state(), Progress(number + 1, 0, {}), 1, {})
     return came, loss, digests(engine.state())
 
 

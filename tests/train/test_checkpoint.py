@@ -1,8 +1,10 @@
 """A checkpoint is a fact: whole or not at all, checked when read, readable at any layout."""
 
+import errno
 import json
 import logging
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def sharded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save(folder: str, step: int, keep: int = 2) -> None:
-    checkpoint.save(Path(folder), sharded(whole_tensors()), Progress(step, step * 10, {"epoch": 1}), keep)
+    checkpoint.save(Path(folder), sharded(whole_tensors()), Progress(step, step * 10, {"epoch": 1}), keep, {})
 
 
 def load(path: str) -> bool:
@@ -83,10 +85,59 @@ def test_keeps_the_newest(pools: dict[int, WorkerPool], saved: Path) -> None:
     assert [path.name for path in checkpoint_folder.complete(saved)] == ["step-00000004", "step-00000005"]
 
 
-def test_unfinished_is_never_seen(saved: Path) -> None:
+def test_unfinished_is_never_seen_and_cleaned_up(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(saved / "step-00000004", saved / "step-00000009.tmp")
+    shutil.copytree(saved / "step-00000004", saved / "step-00000002.removed.tmp")
     (saved / "step-00000008").mkdir()
     assert checkpoint_folder.latest(saved, LOG) == saved / "step-00000004"
+    checkpoint_folder.clean_up(saved, LOG)
+    assert not list(saved.glob("*.tmp"))
+    assert "step-00000009.tmp was left unfinished: removed" in caplog.text
+    assert len(checkpoint_folder.complete(saved)) == 2
+
+
+def save_where_the_disk_is_full(folder: str, step: int, fails: str) -> str | None:
+    """Save while a function of rank 0 finds no space; returns the error of this rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            module, _, name = fails.rpartition(".")
+            patch.setattr(import_module(module), name, no_space)
+        try:
+            save(folder, step)
+        except RunError as error:
+            return str(error)
+    return None
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["train.checkpoint._begin", "train.checkpoint._to_disk"])
+def test_failure_of_the_first_rank_is_told_on_all(
+    pools: dict[int, WorkerPool], saved: Path, fails: str
+) -> None:
+    errors = pools[2].run(save_where_the_disk_is_full, str(saved), 5, fails)
+    for error in errors:
+        assert error is not None
+        assert "step-00000005: not saved: OSError: [Errno 28] No space left" in error
+        assert "free some space" in error
+    assert sorted(path.name for path in saved.iterdir()) == ["step-00000003", "step-00000004"]
+    assert all(pools[2].run(load, str(saved / "step-00000004")))
+
+
+def test_old_one_that_stays_is_told_on_all(pools: dict[int, WorkerPool], saved: Path) -> None:
+    errors = pools[2].run(save_where_the_disk_is_full, str(saved), 5, "train.checkpoint.remove")
+    assert all(error is not None and "an old checkpoint can't be removed" in error for error in errors)
+    assert checkpoint_folder.latest(saved, LOG) == saved / "step-00000005"
+
+
+def test_checkpoint_is_removed_at_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while its files are removed, it no longer bears the name of a checkpoint."""
+    monkeypatch.setattr(shutil, "rmtree", no_space)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint_folder.remove(saved / "step-00000003")
+    assert [path.name for path in checkpoint_folder.complete(saved)] == ["step-00000004"]
 
 
 def test_flipped_bit_is_found_and_the_one_before_taken(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,11 +155,19 @@ def test_broken_manifests_are_damage(saved: Path, manifest: str) -> None:
     assert checkpoint_folder.find_damage(saved / "step-00000004")
 
 
-def test_other_format_is_refused(saved: Path) -> None:
+def test_other_format_is_refused_not_passed_over(saved: Path) -> None:
     path = saved / "step-00000004" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(RunError, match="checkpoint format 99"):
+    path.write_text(json.dumps({"format": 99, "parts": []}))
+    with pytest.raises(RunError, match="checkpoint format 99, this version reads 1: use the version that"):
         checkpoint_folder.load_progress(path.parent)
+    with pytest.raises(RunError, match="checkpoint format 99"):
+        checkpoint_folder.latest(saved, LOG)
+
+
+def test_changed_manifest_is_damage(saved: Path) -> None:
+    path = saved / "step-00000004" / "manifest.json"
+    path.write_text(path.read_text().replace('"tokens": 40', '"tokens": 41'))
+    assert "it is not what was written" in str(checkpoint_folder.find_damage(path.parent))
 
 
 @pytest.mark.parametrize(

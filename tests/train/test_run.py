@@ -1,7 +1,10 @@
 """Whole runs: they learn, resume to the last bit, compute alike on any number of processes, and say what they do."""
 
+import hashlib
 import json
+import logging
 import math
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,58 @@ def test_resumed_after_a_crash_past_the_checkpoint(
     crashed.metrics.write_text(crashed.metrics.read_text()[:-20])
     pools[1].run(train_here, tiny_config, [*common, "run.name=crashed"])
     assert losses(tmp_path / "crashed") == losses(tmp_path / "whole")
+
+
+def warnings_of_training(config: str, overrides: list[str]) -> list[str]:
+    """Train, and return what was warned of on this rank."""
+    handler = BufferingHandler(1000)
+    logging.getLogger("train").addHandler(handler)
+    try:
+        train_here(config, overrides)
+    finally:
+        logging.getLogger("train").removeHandler(handler)
+    return [record.getMessage() for record in handler.buffer if record.levelno >= logging.WARNING]
+
+
+def test_goes_back_to_the_newest_undamaged_checkpoint(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    common = [f"run.dir={tmp_path}", "checkpoint.every_steps=2"]
+    pools[2].run(train_here, tiny_config, [*common, "run.name=whole", "run.steps=8"])
+    pools[2].run(train_here, tiny_config, [*common, "run.name=flipped", "run.steps=6"])
+    checkpoints = RunFolder(tmp_path / "flipped").checkpoints
+    damaged = max((checkpoints / "step-00000006").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    (checkpoints / "step-00000007.tmp").mkdir()
+    told, untold = pools[2].run(
+        warnings_of_training, tiny_config, [*common, "run.name=flipped", "run.steps=8"]
+    )
+    assert untold == []
+    assert [line.partition("checkpoints/")[2] for line in told] == [
+        "step-00000007.tmp was left unfinished: removed",
+        f"step-00000006 is damaged ({damaged.name} is not what was written): going back to the one before",
+    ]
+    assert losses(tmp_path / "flipped") == losses(tmp_path / "whole")
+
+
+def test_checkpoint_of_a_newer_format_stops_all_ranks(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    overrides = [f"run.dir={tmp_path}", "run.steps=2"]
+    pools[2].run(train_here, tiny_config, overrides)
+    manifest = RunFolder(tmp_path / "run").checkpoints / "step-00000002" / "manifest.json"
+    manifest.write_text('{"format": 2}')
+    errors = pools[2].run(refusal_to_train, tiny_config, [*overrides, "run.steps=3"])
+    assert all("checkpoint format 2, this version reads 1" in error for error in errors)
+
+
+def refusal_to_train(config: str, overrides: list[str]) -> str:
+    """On each rank, what is wrong."""
+    with pytest.raises(RunError) as caught:
+        train_here(config, overrides)
+    return str(caught.value)
 
 
 def test_any_number_of_processes_computes_the_same_run(
@@ -103,7 +158,10 @@ def test_learns_and_records(pools: dict[int, WorkerPool], tiny_config: str, tmp_
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "The" in text
-    assert json.loads((folder.checkpoints / "step-00000030" / "manifest.json").read_text())["world_size"] == 2
+    manifest = json.loads((folder.checkpoints / "step-00000030" / "manifest.json").read_text())
+    assert (manifest["world_size"], manifest["engine"], manifest["layout"]["dp_shard"]) == (2, "torch", 2)
+    assert manifest["versions"].keys() == {"trireme", "torch"}
+    assert manifest["config_sha256"] == hashlib.sha256(folder.config.read_bytes()).hexdigest()
 
 
 def test_records_how_evenly_experts_are_used(

@@ -145,9 +145,7 @@ def try_arrangement(experiment: Experiment, arrangement: Arrangement, expected: 
     halfway = (experiment.steps + 1) // 2
     curve, ids = Curve([], []), []
     ids += _train(engine, experiment, range(halfway), curve)
-    path = checkpoint.save(
-        experiment.folder / "checkpoints", engine.state(), Progress(halfway, 0, {}), keep=1
-    )
+    path = checkpoint.save(experiment.folder / "checkpoints", engine.state(), Progress(halfway, 0, {}), 1, {})
     ids += _train(engine, experiment, range(halfway, experiment.steps), curve)
     return Trial(
         frozenset(weights),

@@ -1,0 +1,31 @@
+"""What one rank does for all, so that all of them go on, or none."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from train.errors import RunError
+
+T = TypeVar("T")
+
+
+def on_first_rank(action: Callable[[], T], what: str) -> T:
+    """Do something on rank 0 alone, while the others wait. Returns its result on all ranks.
+
+    Raises:
+        RunError: it raised RunError, or OSError, whose reason then follows `what`; on all ranks alike.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except RunError as error:
+            outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = f"{what}: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome)
+    result, failure = outcome
+    if failure is not None:
+        raise RunError(failure)
+    return cast(T, result)
