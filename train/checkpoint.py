@@ -19,14 +19,20 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from train.agree import on_first_rank
-from train.checkpoint_folder import FORMAT, MANIFEST, UNFINISHED, Progress, checksum, complete, digest, remove
+from train.checkpoint_folder import FORMAT, MANIFEST, UNFINISHED, Progress, checksum, digest, remove
+from train.config import CheckpointConfig
 from train.errors import RunError
+from train.retention import prune
 
 
 def save(
-    folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: int, origin: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    progress: Progress,
+    rules: CheckpointConfig,
+    origin: Mapping[str, Any],
 ) -> Path:
-    """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove all but the newest `keep`.
+    """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove those that no rule keeps.
 
     It is written aside, checksummed, brought to the disk and renamed, so that what bears the name is whole. Either all
     ranks return or all raise.
@@ -47,7 +53,7 @@ def save(
         _give_up(aside, _reason(error, what))
     except RunError as error:
         _give_up(aside, str(error))
-    on_first_rank(lambda: _prune(folder, keep), f"{folder}: an old checkpoint can't be removed")
+    on_first_rank(lambda: prune(folder, rules), f"{folder}: an old checkpoint can't be removed")
     return final
 
 
@@ -85,11 +91,6 @@ def _commit(aside: Path, final: Path, progress: Progress, origin: Mapping[str, A
         remove(final)
     aside.rename(final)
     _to_disk(final.parent)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in complete(folder)[:-keep]:
-        remove(old)
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp"
 """How the name of a folder ends that is being written, or removed."""
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -29,6 +30,10 @@ class Progress:
     """The position in the data, as `data.stream.TrainingStream.state_dict` gives it."""
     data_order_digest: str = "0" * 16
     """Of all global batches up to the step, as `train.order_digest.OrderDigest` gives it."""
+    loss: float | None = None
+    """Of the step's batch, before its update; None where none is known."""
+    validation_loss: float | None = None
+    """After the step; None where it wasn't evaluated."""
 
 
 def complete(folder: Path) -> list[Path]:
@@ -36,15 +41,16 @@ def complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(named, key=_step)
+    return sorted(named, key=step_of)
 
 
-def newest_step(folder: Path) -> int:
+def neweststep_of(folder: Path) -> int:
     """The step of the newest finished checkpoint, unchecked; 0 where there is none."""
-    return max(map(_step, complete(folder)), default=0)
+    return max(map(step_of, complete(folder)), default=0)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, which its name says."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -92,7 +98,7 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != fact["bytes"] or checksum(file) != fact["sha256"]:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         return f"{MANIFEST}: {type(error).__name__}: {error}"
     return None
 
@@ -104,6 +110,18 @@ def load_progress(path: Path) -> Progress:
         RunError: the checkpoint is of another format.
     """
     return Progress(**_read_manifest(path)["progress"])
+
+
+def progress_if_readable(path: Path) -> Progress | None:
+    """Where the run stood; None where the manifest is damaged.
+
+    Raises:
+        RunError: the checkpoint is of another format.
+    """
+    try:
+        return load_progress(path)
+    except _UNREADABLE:
+        return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

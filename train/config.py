@@ -100,8 +100,30 @@ class CheckpointConfig(Section):
 
     every_steps: int | None = Field(None, ge=1)
     """Save every so many steps. The last step of a run is always saved."""
+    every_time: Seconds | None = None
+    """Save when so long nothing was saved, such as `30m`, too."""
     keep: int = Field(2, ge=1)
     """The newest checkpoints that are kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Those of every so many steps are kept for ever: a multiple of `every_steps`."""
+    keep_best: int = Field(0, ge=0)
+    """So many with the lowest validation loss are kept as well, of those that are evaluated at their step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.keep_every is None:
+            return self
+        if self.every_steps is None:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} keeps what checkpoint.every_steps saves, which is not set: "
+                f"set it, such as checkpoint.every_steps={self.keep_every}"
+            )
+        if self.keep_every % self.every_steps:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every_steps="
+                f"{self.every_steps}: use {(self.keep_every // self.every_steps + 1) * self.every_steps}"
+            )
+        return self
 
 
 class MonitorConfig(Section):
@@ -173,6 +195,15 @@ class Config(Section):
     slurm: SlurmConfig = SlurmConfig()
     dial: DialConfig | None = Field(None, exclude=True)
     """Unset: nothing. What it sets stands in the other sections, and is what is shown and saved."""
+
+    @model_validator(mode="after")
+    def _check_best(self) -> "Config":
+        if self.checkpoint.keep_best and self.evaluation.every_steps is None:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} goes by the validation loss, which is not measured: "
+                f"set evaluation.every_steps={self.checkpoint.every_steps or 100}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "Config":

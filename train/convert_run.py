@@ -19,7 +19,7 @@ from model.errors import ConversionError
 from parallel.processes import process_group
 from train import checkpoint
 from train.checkpoint_folder import Progress
-from train.config import Config
+from train.config import CheckpointConfig, Config
 from train.deepspeed_checkpoint.folder import find_step
 from train.deepspeed_checkpoint.read import read_weights
 from train.errors import RunError
@@ -123,7 +123,9 @@ def import_run(source: Path, out: Path, data_path: str, config_file: Path | None
             shutil.copyfile(tokenizer, folder.tokenizer)
     named = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with process_group(torch.device("cpu")):
-        checkpoint.save(folder.checkpoints, named, Progress(step=0, tokens=0, data={}), 1, {})
+        checkpoint.save(
+            folder.checkpoints, named, Progress(step=0, tokens=0, data={}), CheckpointConfig(keep=1), {}
+        )
     return Imported(model, source if step is None else step)
 
 

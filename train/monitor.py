@@ -82,6 +82,22 @@ class JsonLines:
         self.file.close()
 
 
+class Newest:
+    """Remembers the newest step, for what a checkpoint says of it."""
+
+    metrics: Metrics | None = None
+
+    def step(self, metrics: Metrics) -> None:
+        """Remember it."""
+        self.metrics = metrics
+
+    def sample(self, step: int, sample: Sample) -> None:
+        """Samples have no place here."""
+
+    def close(self) -> None:
+        """Nothing is pending."""
+
+
 class SampleFiles:
     """samples/: a PNG for each sample of pictures."""
 

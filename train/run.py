@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from train import checkpoint, checkpoint_folder
 from train.agree import on_first_rank
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
-from train.monitor import Monitor, make_monitor
+from train.monitor import Monitor, Newest, make_monitor
 from train.optimizer import make_optimizer
 from train.order_digest import OrderDigest
 from train.resolve import Plan
@@ -138,10 +138,14 @@ def _make_hooks(
     plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor
 ) -> Hooks:
     config, origin = plan.config, _origin(plan)
+    newest = Newest()  # hears of steps on rank 0, which writes down what it knows
+    monitor.listeners.append(newest)
 
     def save(step: int, data_order_digest: str) -> None:
         progress = Progress(step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest)
-        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep, origin)
+        if (told := newest.metrics) is not None:
+            progress = replace(progress, loss=told.loss, validation_loss=told.validation_loss)
+        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint, origin)
         log.debug("saved %s", path)
 
     def sample(step: int) -> None:

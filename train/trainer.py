@@ -106,7 +106,7 @@ class Trainer:
                 self._pause(lambda: self.tell(self.hooks.evaluate()))
             if self._due(self.config.evaluation.sample_every_steps):
                 self._pause(lambda: self.hooks.sample(self.step))
-            if self._due(self.config.checkpoint.every_steps):
+            if self._due(self.config.checkpoint.every_steps) or self._long_unsaved():
                 self._pause(self._save)
         if self._saved != self.step:
             self._pause(self._save)
@@ -115,8 +115,9 @@ class Trainer:
         return self.step
 
     def start_clock(self) -> None:
-        """From here on the first step's time is counted."""
+        """From here on the first step's time is counted, and the time without a checkpoint."""
         self._clock = time.perf_counter()
+        self._saved_at = time.monotonic()
 
     def train_step(self) -> None:
         """One optimizer step; the one before is told of once this one is under way."""
@@ -153,7 +154,11 @@ class Trainer:
     def _save(self) -> None:
         self.tell()
         self.hooks.save(self.step, self.order.value)
-        self._saved = self.step
+        self._saved, self._saved_at = self.step, time.monotonic()
+
+    def _long_unsaved(self) -> bool:
+        every = self.config.checkpoint.every_time
+        return every is not None and any_rank(time.monotonic() - self._saved_at > every)
 
     def _pause(self, action: Callable[[], None]) -> None:
         """Do something between steps that doesn't count as training time."""

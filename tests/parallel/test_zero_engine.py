@@ -29,6 +29,7 @@ from tests.parallel.parity import (
 from tests.parallel.test_layouts import MOE
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
+from train.config import CheckpointConfig
 
 
 # Measured here over these 20 steps: at most 2e-2 of the loss.
@@ -143,7 +144,7 @@ def take_over(
     came = digests(engine.state())
     loss = engine.forward_backward(twelve(number, engine), number).item()
     engine.step(LR)
-    checkpoint.save(after, engine.state(), Progress(number + 1, 0, {}), 1, {})
+    checkpoint.save(after, engine.state(), Progress(number + 1, 0, {}), CheckpointConfig(keep=1), {})
     return came, loss, digests(engine.state())
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from parallel.processes import WorkerPool
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
+from train.config import CheckpointConfig
 from train.errors import RunError
 
 LOG = logging.getLogger("test")
@@ -39,7 +40,8 @@ def sharded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save(folder: str, step: int, keep: int = 2) -> None:
-    checkpoint.save(Path(folder), sharded(whole_tensors()), Progress(step, step * 10, {"epoch": 1}), keep, {})
+    progress = Progress(step, step * 10, {"epoch": 1})
+    checkpoint.save(Path(folder), sharded(whole_tensors()), progress, CheckpointConfig(keep=keep), {})
 
 
 def load(path: str) -> bool:
@@ -127,7 +129,7 @@ def test_failure_of_the_first_rank_is_told_on_all(
 
 
 def test_old_one_that_stays_is_told_on_all(pools: dict[int, WorkerPool], saved: Path) -> None:
-    errors = pools[2].run(save_where_the_disk_is_full, str(saved), 5, "train.checkpoint.remove")
+    errors = pools[2].run(save_where_the_disk_is_full, str(saved), 5, "train.retention.remove")
     assert all(error is not None and "an old checkpoint can't be removed" in error for error in errors)
     assert checkpoint_folder.latest(saved, LOG) == saved / "step-00000005"
 

@@ -64,6 +64,10 @@ def test_numbers_with_exponents_are_numbers(write, text: str) -> None:
         (["run.steps=null", "run.wall_time=1h"], "schedule.type=cosine must know where it ends"),
         (["run.name=../up"], "'../up' is not a folder's name"),
         (["run.wall_time=soon"], "'soon' is not a duration: write 90m"),
+        (["checkpoint.keep_every=9"], "which is not set: set it, such as checkpoint.every_steps=9"),
+        (["checkpoint.every_steps=4", "checkpoint.keep_every=9"], "no multiple of .*every_steps=4: use 12"),
+        (["checkpoint.keep_best=1"], "not measured: set evaluation.every_steps=100"),
+        (["checkpoint.every_time=never"], "'never' is not a duration"),
         (["model.attention.window_size=8"], "model.attention.window_size"),
         (["model.attention.num_heads=7"], "model.attention.num_heads"),
         (

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
+from train import checkpoint_folder
 from train.errors import RunError
 from train.run_folder import RunFolder, read_metrics
 
@@ -124,6 +125,24 @@ def test_moves_to_another_number_of_processes(
         losses(tmp_path / "one"), losses(tmp_path / "moved"), strict=True
     ):
         assert (moved_loss, moved_norm) == (pytest.approx(loss, rel=1e-9), pytest.approx(norm, rel=1e-9))
+
+
+def test_saves_by_time_and_keeps_the_best(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    overrides = [
+        f"run.dir={tmp_path}",
+        "run.steps=6",
+        "checkpoint.every_time=0.0001s",
+        "evaluation.every_steps=2",
+    ]
+    pools[2].run(train_here, tiny_config, [*overrides, "checkpoint.keep=1", "checkpoint.keep_best=3"])
+    folder = RunFolder(tmp_path / "run")
+    kept = [checkpoint_folder.load_progress(path) for path in checkpoint_folder.complete(folder.checkpoints)]
+    rows = {row["step"]: row for row in read_metrics(folder)}
+    assert [progress.step for progress in kept] == [2, 4, 6]
+    assert [p.loss for p in kept] == [rows[p.step]["loss"] for p in kept]
+    assert [p.validation_loss for p in kept] == [rows[p.step]["validation_loss"] for p in kept]
 
 
 def test_learns_and_records(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from parallel.fsdp import COMPUTE_DTYPE, master_dtype
 from parallel.mesh import mesh_of
 from train import checkpoint
 from train.checkpoint_folder import Progress
-from train.config import OptimizerConfig
+from train.config import CheckpointConfig, OptimizerConfig
 from train.optimizer import make_optimizer
 from train.verify.arrangements import Arrangement
 from train.verify.batches import Batches
@@ -145,7 +145,13 @@ def try_arrangement(experiment: Experiment, arrangement: Arrangement, expected: 
     halfway = (experiment.steps + 1) // 2
     curve, ids = Curve([], []), []
     ids += _train(engine, experiment, range(halfway), curve)
-    path = checkpoint.save(experiment.folder / "checkpoints", engine.state(), Progress(halfway, 0, {}), 1, {})
+    path = checkpoint.save(
+        experiment.folder / "checkpoints",
+        engine.state(),
+        Progress(halfway, 0, {}),
+        CheckpointConfig(keep=1),
+        {},
+    )
     ids += _train(engine, experiment, range(halfway, experiment.steps), curve)
     return Trial(
         frozenset(weights),
