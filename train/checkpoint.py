@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -93,24 +94,31 @@ def _commit(aside: Path, final: Path, progress: Progress, origin: Mapping[str, A
     _to_disk(final.parent)
 
 
+def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The whole shape and the dtype of each tensor of a checkpoint, by name."""
+    stored = {}
+    for name, fact in HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items():
+        assert isinstance(fact, TensorStorageMetadata)
+        stored[name] = tuple(fact.size), fact.properties.dtype
+    return stored
+
+
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place, at whatever layout they are. Several processes call it together.
 
     Raises:
         RunError: a name is missing, or its shape or dtype differs.
     """
-    reader = HuggingFaceStorageReader(str(path))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = stored_tensors(path)
     for name, tensor in tensors.items():
         if name not in stored:
             raise RunError(f"{path}: has no tensor {name!r}: it was saved from another model")
-        fact = stored[name]
-        assert isinstance(fact, TensorStorageMetadata)
-        shape, dtype = tuple(fact.size), fact.properties.dtype
+        shape, dtype = stored[name]
         if shape != tuple(tensor.shape) or dtype != tensor.dtype:
             raise RunError(
                 f"{path}: {name} is {dtype} of {shape}, but the run needs {tensor.dtype} of {tuple(tensor.shape)}"
             )
+    reader = HuggingFaceStorageReader(str(path))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant

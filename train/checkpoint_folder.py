@@ -44,7 +44,7 @@ def complete(folder: Path) -> list[Path]:
     return sorted(named, key=step_of)
 
 
-def neweststep_of(folder: Path) -> int:
+def newest_step(folder: Path) -> int:
     """The step of the newest finished checkpoint, unchecked; 0 where there is none."""
     return max(map(step_of, complete(folder)), default=0)
 

@@ -3,6 +3,7 @@
 import typer
 
 from train.cli import (
+    checkpoint,
     config,
     convert,
     evaluate,
@@ -37,6 +38,7 @@ app.command()(plot.plot)
 app.command()(ladder.ladder)
 app.command("export")(convert.export_)
 app.command("import")(convert.import_)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(scaling.app, name="scaling")
 
