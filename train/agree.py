@@ -10,8 +10,10 @@ from train.errors import RunError
 T = TypeVar("T")
 
 
-def on_first_rank(action: Callable[[], T], what: str) -> T:
+def on_first_rank(action: Callable[[], T], what: str, group: dist.ProcessGroup | None = None) -> T:
     """Do something on rank 0 alone, while the others wait. Returns its result on all ranks.
+
+    group: of all ranks, through which they agree; left out, the default one.
 
     Raises:
         RunError: it raised RunError, or OSError, whose reason then follows `what`; on all ranks alike.
@@ -24,7 +26,7 @@ def on_first_rank(action: Callable[[], T], what: str) -> T:
             outcome[1] = str(error)
         except OSError as error:
             outcome[1] = f"{what}: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group)
     result, failure = outcome
     if failure is not None:
         raise RunError(failure)

@@ -32,6 +32,7 @@ def save(
     progress: Progress,
     rules: CheckpointConfig,
     origin: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove those that no rule keeps.
 
@@ -39,6 +40,7 @@ def save(
     ranks return or all raise.
 
     origin: what else the manifest says, such as the layout.
+    group: of all ranks, through which they agree; left out, the default one.
 
     Raises:
         RunError: the disk is full, or can't be written to.
@@ -47,14 +49,15 @@ def save(
     aside = final.with_suffix(UNFINISHED)
     what = f"{final}: not saved"
     try:
-        on_first_rank(lambda: _begin(aside), what)
-        dcp_save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
-        on_first_rank(lambda: _commit(aside, final, progress, origin), what)
+        on_first_rank(lambda: _begin(aside), what, group)
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        dcp_save(dict(tensors), storage_writer=writer, process_group=group)
+        on_first_rank(lambda: _commit(aside, final, progress, origin), what, group)
     except CheckpointException as error:
         _give_up(aside, _reason(error, what))
     except RunError as error:
         _give_up(aside, str(error))
-    on_first_rank(lambda: prune(folder, rules), f"{folder}: an old checkpoint can't be removed")
+    on_first_rank(lambda: prune(folder, rules), f"{folder}: an old checkpoint can't be removed", group)
     return final
 
 

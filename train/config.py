@@ -102,6 +102,8 @@ class CheckpointConfig(Section):
     """Save every so many steps. The last step of a run is always saved."""
     every_time: Seconds | None = None
     """Save when so long nothing was saved, such as `30m`, too."""
+    asynchronous: bool = False
+    """Stop the loop only for a copy into the host's memory, which needs the room, and write in the background."""
     keep: int = Field(2, ge=1)
     """The newest checkpoints that are kept."""
     keep_every: int | None = Field(None, ge=1)

@@ -26,6 +26,7 @@ from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.run_folder import RunFolder, drop_metrics_after, folder_of, to_yaml
 from train.samples import make_sample
+from train.saver import Saver
 from train.stop import Stop
 from train.trainer import Hooks, Trainer
 
@@ -67,12 +68,13 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     if first:
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
+    saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan))
     trainer = Trainer(
         plan,
         engine,
         stream,
         monitor,
-        _make_hooks(plan, folder, engine, stream, monitor),
+        _make_hooks(plan, saver, engine, stream, monitor),
         OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
         peak_flops=peak_flops(device, config.precision),
@@ -83,6 +85,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     finally:
         monitor.close()
         stream.close()
+        saver.close()
 
 
 def engine_of(plan: Plan, device: torch.device) -> Engine:
@@ -134,10 +137,8 @@ def _origin(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _make_hooks(
-    plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor
-) -> Hooks:
-    config, origin = plan.config, _origin(plan)
+def _make_hooks(plan: Plan, saver: Saver, engine: Engine, stream: TrainingStream, monitor: Monitor) -> Hooks:
+    config = plan.config
     newest = Newest()  # hears of steps on rank 0, which writes down what it knows
     monitor.listeners.append(newest)
 
@@ -145,11 +146,10 @@ def _make_hooks(
         progress = Progress(step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest)
         if (told := newest.metrics) is not None:
             progress = replace(progress, loss=told.loss, validation_loss=told.validation_loss)
-        path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint, origin)
-        log.debug("saved %s", path)
+        saver.save(engine.state(), progress)
 
     def sample(step: int) -> None:
         made = make_sample(engine.model, plan.dataset, config.evaluation, config.run.seed, engine.device)
         monitor.sample(step, made)
 
-    return Hooks(save, lambda: validation_loss(engine, config), sample)
+    return Hooks(save, lambda: validation_loss(engine, config), sample, saver.check)

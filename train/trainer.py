@@ -44,6 +44,8 @@ class Hooks:
     """The validation loss."""
     sample: Callable[[int], None]
     """Generate a text and tell the monitor."""
+    check: Callable[[], None] = lambda: None
+    """After each step: raise what has gone wrong in the background."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Trainer:
         ):
             self.step += 1
             self.train_step()
+            self.hooks.check()
             if self._due(self.config.evaluation.every_steps) or self._is_last():
                 self._pause(lambda: self.tell(self.hooks.evaluate()))
             if self._due(self.config.evaluation.sample_every_steps):
