@@ -62,7 +62,8 @@ def save(
 
 
 def _give_up(aside: Path, reason: str) -> NoReturn:
-    shutil.rmtree(aside, ignore_errors=True)
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
     mend = "free some space and give the same command again: it goes on from the newest checkpoint"
     raise RunError(f"{reason}; {mend}") from None
 

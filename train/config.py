@@ -101,7 +101,7 @@ class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     """Save every so many steps. The last step of a run is always saved."""
     every_time: Seconds | None = None
-    """Save when so long nothing was saved, such as `30m`, too."""
+    """Save also when so long nothing was saved, such as `30m`."""
     asynchronous: bool = False
     """Stop the loop only for a copy into the host's memory, which needs the room, and write in the background."""
     keep: int = Field(2, ge=1)
