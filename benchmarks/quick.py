@@ -25,6 +25,7 @@ from model.initialize import initialize
 from parallel.layout import Layout
 from parallel.processes import process_group
 from train.config import Config, OptimizerConfig
+from train.faults.health import Health
 from train.metrics import Metrics
 from train.monitor import Monitor
 from train.order_digest import OrderDigest
@@ -154,8 +155,14 @@ class OurLoop:
             make_engine(plan, torch.device("cpu")),
             RandomStream(),
             Monitor([self.listener]),
-            Hooks(save=lambda step, digest: None, evaluate=lambda: 0.0, sample=lambda step: None),
+            Hooks(
+                save=lambda step, digest: None,
+                evaluate=lambda: 0.0,
+                sample=lambda step: None,
+                record=lambda: None,
+            ),
             OrderDigest(lambda total: total, torch.device("cpu")),
+            Health(config.faults, {}),
             flops_per_token=1.0,
             peak_flops=1.0,
             start=0,

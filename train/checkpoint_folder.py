@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Progress:
     """The position in the data, as `data.stream.TrainingStream.state_dict` gives it."""
     data_order_digest: str = "0" * 16
     """Of all global batches up to the step, as `train.order_digest.OrderDigest` gives it."""
+    faults: dict[str, Any] = field(default_factory=dict)
+    """What went wrong so far, as `train.faults.health.Health` gives it."""
 
 
 def complete(folder: Path) -> list[Path]:

@@ -18,10 +18,10 @@ from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from slurm.config import SlurmConfig
 from train.counts import parse_count
-from train.duration import parse_seconds
+from train.duration import Seconds
+from train.faults.config import FaultsConfig
 
 Count = Annotated[float, BeforeValidator(parse_count)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 
 
 def _file_name(value: str) -> str:
@@ -168,6 +168,7 @@ class Config(Section):
     activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
     compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     slurm: SlurmConfig = SlurmConfig()

@@ -67,6 +67,8 @@ class Metrics:
     """Trained on so far, of each source of the data."""
     epochs: dict[str, float]
     """How often each source was gone through so far."""
+    skipped_steps: int = 0
+    """So far, since their loss or gradient was not finite."""
     skipped_sequences: int | None = None
     """In bad shards, which are left out; None where there are none."""
     validation_loss: float | None = None

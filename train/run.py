@@ -16,6 +16,8 @@ from parallel.hardware import peak_flops
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
+from train.faults.health import Health
+from train.faults.record import FaultRecord
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
 from train.order_digest import OrderDigest
@@ -37,6 +39,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
 
     Raises:
         Stopped: asked to stop before the end, and saved.
+        GaveUp: something is wrong with the run.
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
@@ -63,13 +66,15 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     if first:
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
+    health = Health(config.faults, progress.faults)
     trainer = Trainer(
         plan,
         engine,
         stream,
         monitor,
-        _make_hooks(plan, folder, engine, stream, monitor),
+        _make_hooks(plan, folder, engine, stream, monitor, health),
         OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
+        health,
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
         peak_flops=peak_flops(device, config.precision),
         start=start,
@@ -124,12 +129,14 @@ def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progre
 
 
 def _make_hooks(
-    plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor
+    plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor, health: Health
 ) -> Hooks:
     config = plan.config
 
     def save(step: int, data_order_digest: str) -> None:
-        progress = Progress(step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest)
+        progress = Progress(
+            step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest, health.state()
+        )
         path = checkpoint.save(folder.checkpoints, engine.state(), progress, config.checkpoint.keep)
         log.debug("saved %s", path)
 
@@ -137,4 +144,5 @@ def _make_hooks(
         made = make_sample(engine.model, plan.dataset, config.evaluation, config.run.seed, engine.device)
         monitor.sample(step, made)
 
-    return Hooks(save, lambda: validation_loss(engine, config), sample)
+    record = FaultRecord(folder.faults, engine.mesh.data_rank)
+    return Hooks(save, lambda: validation_loss(engine, config), sample, record.write)

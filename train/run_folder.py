@@ -40,6 +40,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.model"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
+        self.faults = path / "faults.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"

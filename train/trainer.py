@@ -1,5 +1,6 @@
 """The loop. It knows of batches, steps and listeners; of layouts it knows nothing."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from torch import Tensor
 from data.stream import Batch, TrainingStream
 from model.moe import ExpertStatistics
 from parallel.processes import any_rank
+from train.faults.health import GaveUp, Health
 from train.metrics import ExpertLoad, Metrics, peak_memory_bytes
 from train.monitor import Monitor
 from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.schedule import learning_rate
 from train.stop import Stop, Stopped
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -44,6 +48,8 @@ class Hooks:
     """The validation loss."""
     sample: Callable[[int], None]
     """Generate a text and tell the monitor."""
+    record: Callable[..., None]
+    """Write a fault down; see `train.faults.record.FaultRecord.write`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Pending:
     experts: ExpertStatistics | None
     order: Tensor
     """What the data's digest is read from."""
+    sample_ids: Tensor
+    """Of this rank's sequences, on the host."""
     sequences: dict[str, int]
     """Of each source, up to this step."""
     lr: float
@@ -77,6 +85,7 @@ class Trainer:
         monitor: Monitor,
         hooks: Hooks,
         order: OrderDigest,
+        health: Health,
         *,
         flops_per_token: float,
         peak_flops: float,
@@ -84,7 +93,7 @@ class Trainer:
     ) -> None:
         self.plan, self.config = plan, plan.config
         self.engine, self.stream, self.monitor, self.hooks = engine, stream, monitor, hooks
-        self.order = order
+        self.order, self.health = order, health
         self.utilization_per_rate = flops_per_token / peak_flops
         self.step = self._saved = start
         self._pending: Pending | None = None
@@ -94,6 +103,7 @@ class Trainer:
 
         Raises:
             Stopped: some rank was asked to stop before the end; there is a checkpoint all the same.
+            GaveUp: too many steps in a row were skipped.
         """
         deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
         self.start_clock()
@@ -137,6 +147,7 @@ class Trainer:
             grad_norm,
             experts,
             order,
+            batch.sample_ids,
             self.stream.taken,
             lr,
             now - self._clock,
@@ -162,16 +173,22 @@ class Trainer:
         self._clock += time.perf_counter() - began
 
     def tell(self, validation_loss: float | None = None) -> None:
-        """Tell the monitor of the pending step, if there is one."""
+        """Tell the monitor of the pending step, if there is one.
+
+        Raises:
+            GaveUp: too many steps in a row were skipped.
+        """
         if self._pending is None:
             return
+        loss, grad_norm = self._pending.loss.item(), self._pending.grad_norm.item()
+        skipped = self.health.skipped(loss, grad_norm)
         rate = self.plan.tokens_per_step / self._pending.step_seconds
         experts = self._pending.experts
         metrics = Metrics(
             step=self._pending.step,
             tokens=self._pending.step * self.plan.tokens_per_step,
-            loss=self._pending.loss.item(),
-            grad_norm=self._pending.grad_norm.item(),
+            loss=loss,
+            grad_norm=grad_norm,
             lr=self._pending.lr,
             tokens_per_second=rate,
             mfu=rate * self.utilization_per_rate,
@@ -184,9 +201,22 @@ class Trainer:
                 source.name: self._pending.sequences[source.name] / source.info.train.sequences
                 for source in self.plan.mixture
             },
+            skipped_steps=self.health.skipped_steps,
             skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),
         )
         self.monitor.step(metrics)
-        self._pending = None
+        pending, self._pending = self._pending, None
+        if skipped:
+            self._skipped(pending, loss, grad_norm)
+
+    def _skipped(self, pending: Pending, loss: float, grad_norm: float) -> None:
+        log.warning("step %d skipped: loss %s, gradient norm %s", pending.step, loss, grad_norm)
+        self.hooks.record("skipped", pending.step, pending.sample_ids, loss=loss, grad_norm=grad_norm)
+        if self.health.hopeless:
+            raise GaveUp(
+                f"gave up at step {pending.step}: loss or gradient was not finite in "
+                f"{self.health.skipped_in_a_row} steps in a row (faults.max_skipped_steps); the sequences of each "
+                f"stand in faults.jsonl in the run's folder"
+            )
