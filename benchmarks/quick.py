@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +118,11 @@ class RandomStream:
 
     def __init__(self) -> None:
         self.step = 0
-        self.taken: dict[str, int] = {}
         self.skipped_sequences = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as the trainer reads it."""
+        return {"batches": self.step, "sequences": {}}
 
     def __next__(self) -> Batch:
         self.step += 1
@@ -160,6 +164,8 @@ class OurLoop:
                 evaluate=lambda: 0.0,
                 sample=lambda step: None,
                 record=lambda: None,
+                roll_back=lambda data: None,
+                step_ended=lambda step: None,
             ),
             OrderDigest(lambda total: total, torch.device("cpu")),
             Health(config.faults, {}),

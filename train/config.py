@@ -186,3 +186,12 @@ class Config(Section):
                 f"schedule.total_steps, or use schedule.type=constant"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_faults(self) -> "Config":
+        if self.faults.on_spike == "rollback" and self.checkpoint.every_steps is None:
+            raise ValueError(
+                "faults.on_spike=rollback goes back to a checkpoint, and checkpoint.every_steps=null writes none on "
+                "the way: set checkpoint.every_steps=1000, or faults.on_spike=log"
+            )
+        return self

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
 from train.faults.health import Health
 from train.faults.record import FaultRecord
+from train.faults.watchdog import Watchdog
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
 from train.order_digest import OrderDigest
@@ -67,12 +69,13 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
     health = Health(config.faults, progress.faults)
+    watchdog = Watchdog(config.faults.hang_timeout, dist.get_rank(), start, folder.log_of(dist.get_rank()))
     trainer = Trainer(
         plan,
         engine,
         stream,
         monitor,
-        _make_hooks(plan, folder, engine, stream, monitor, health),
+        _make_hooks(plan, folder, engine, stream, monitor, health, watchdog),
         OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
         health,
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
@@ -82,6 +85,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     try:
         return trainer.train(listen())
     finally:
+        watchdog.close()
         monitor.close()
         stream.close()
 
@@ -129,7 +133,13 @@ def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progre
 
 
 def _make_hooks(
-    plan: Plan, folder: RunFolder, engine: Engine, stream: TrainingStream, monitor: Monitor, health: Health
+    plan: Plan,
+    folder: RunFolder,
+    engine: Engine,
+    stream: TrainingStream,
+    monitor: Monitor,
+    health: Health,
+    watchdog: Watchdog,
 ) -> Hooks:
     config = plan.config
 
@@ -145,4 +155,20 @@ def _make_hooks(
         monitor.sample(step, made)
 
     record = FaultRecord(folder.faults, engine.mesh.data_rank)
-    return Hooks(save, lambda: validation_loss(engine, config), sample, record.write)
+
+    def roll_back(position: dict[str, Any]) -> Progress | None:
+        path = newest_checkpoint(folder)
+        progress = None if path is None else checkpoint_folder.load_progress(path)
+        if path is None or progress is None or progress.step == 0:
+            return None
+        engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors))
+        stream.load_state_dict(position)
+        if monitor.listeners:
+            monitor.close()
+            drop_metrics_after(folder, progress.step)
+            monitor.listeners = make_monitor(folder, plan, progress.step).listeners
+        return progress
+
+    return Hooks(
+        save, lambda: validation_loss(engine, config), sample, record.write, roll_back, watchdog.beat
+    )

@@ -47,6 +47,10 @@ class RunFolder:
         self.stopped = path / "stopped"
         """There while a run that a signal stopped waits to be started again."""
 
+    def log_of(self, rank: int) -> Path:
+        """What a rank logs."""
+        return self.logs / f"rank-{rank:05d}.log"
+
 
 def folder_of(config: Config) -> RunFolder:
     """The folder that a configuration names."""

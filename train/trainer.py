@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from data.stream import Batch, TrainingStream
 from model.moe import ExpertStatistics
 from parallel.processes import any_rank
+from train.checkpoint_folder import Progress
 from train.faults.health import GaveUp, Health
 from train.metrics import ExpertLoad, Metrics, peak_memory_bytes
 from train.monitor import Monitor
@@ -50,6 +51,12 @@ class Hooks:
     """Generate a text and tell the monitor."""
     record: Callable[..., None]
     """Write a fault down; see `train.faults.record.FaultRecord.write`."""
+    roll_back: Callable[[dict[str, Any]], Progress | None]
+    """Load the newest checkpoint, go on in the data from the given position, and forget the metrics since.
+
+    Returns where the checkpoint stands. None: there is none, and nothing was done."""
+    step_ended: Callable[[int], None]
+    """A step and all that comes after it is done."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,18 @@ class Pending:
     """What the data's digest is read from."""
     sample_ids: Tensor
     """Of this rank's sequences, on the host."""
-    sequences: dict[str, int]
-    """Of each source, up to this step."""
+    data: dict[str, Any]
+    """The position in the data after this step."""
     lr: float
     step_seconds: float
     data_seconds: float
+
+
+class _RolledBack(Exception):
+    """A checkpoint was loaded; whatever was under way is to be left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
 
 class Trainer:
@@ -106,7 +120,19 @@ class Trainer:
             GaveUp: too many steps in a row were skipped.
         """
         deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
-        self.start_clock()
+        while True:
+            self.start_clock()
+            try:
+                self._go_on(stop, deadline)
+                break
+            except _RolledBack as back:
+                self._go_on_from(back.progress)
+        if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
+            raise Stopped(f"stopped by a signal after step {self.step}")
+        return self.step
+
+    def _go_on(self, stop: Stop, deadline: float) -> None:
+        """Until all steps are done and saved, or the deadline (monotonic, seconds) or a signal is there."""
         while self.step != self.plan.total_steps and not any_rank(
             stop.requested is not None or time.monotonic() > deadline
         ):
@@ -118,11 +144,16 @@ class Trainer:
                 self._pause(lambda: self.hooks.sample(self.step))
             if self._due(self.config.checkpoint.every_steps):
                 self._pause(self._save)
+            self.hooks.step_ended(self.step)
         if self._saved != self.step:
             self._pause(self._save)
-        if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
-            raise Stopped(f"stopped by a signal after step {self.step}")
-        return self.step
+
+    def _go_on_from(self, progress: Progress) -> None:
+        log.warning("went back to step %d; the batches since then are left out", progress.step)
+        self.step = self._saved = progress.step
+        self._pending = None
+        self.order.go_on_from(progress.data_order_digest)
+        self.health.rolled_back(progress.faults)
 
     def start_clock(self) -> None:
         """From here on the first step's time is counted."""
@@ -148,7 +179,7 @@ class Trainer:
             experts,
             order,
             batch.sample_ids,
-            self.stream.taken,
+            self.stream.state_dict(),
             lr,
             now - self._clock,
             data_seconds,
@@ -182,6 +213,7 @@ class Trainer:
             return
         loss, grad_norm = self._pending.loss.item(), self._pending.grad_norm.item()
         skipped = self.health.skipped(loss, grad_norm)
+        spike = None if skipped else self.health.spike(loss, grad_norm)
         rate = self.plan.tokens_per_step / self._pending.step_seconds
         experts = self._pending.experts
         metrics = Metrics(
@@ -196,12 +228,14 @@ class Trainer:
             step_seconds=self._pending.step_seconds,
             data_seconds=self._pending.data_seconds,
             data_order_digest=self.order.read(self._pending.order),
-            sequences=self._pending.sequences,
+            sequences=self._pending.data["sequences"],
             epochs={
-                source.name: self._pending.sequences[source.name] / source.info.train.sequences
+                source.name: self._pending.data["sequences"][source.name] / source.info.train.sequences
                 for source in self.plan.mixture
             },
             skipped_steps=self.health.skipped_steps,
+            left_out_batches=self._pending.data["batches"] - self._pending.step,
+            spike=spike,
             skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),
@@ -210,6 +244,20 @@ class Trainer:
         pending, self._pending = self._pending, None
         if skipped:
             self._skipped(pending, loss, grad_norm)
+        if spike is not None:
+            self._spiked(pending, loss, grad_norm, spike)
+
+    def _spiked(self, pending: Pending, loss: float, grad_norm: float, score: float) -> None:
+        log.warning(
+            "step %d is a spike (robust z-score %.1f): loss %s, gradient norm %s",
+            *(pending.step, score, loss, grad_norm),
+        )
+        facts = {"loss": loss, "grad_norm": grad_norm, "robust_z": score}
+        self.hooks.record("spike", pending.step, pending.sample_ids, **facts)
+        progress = self.hooks.roll_back(pending.data) if self.health.may_roll_back else None
+        if progress is not None:
+            self.hooks.record("rollback", pending.step, pending.sample_ids, to_step=progress.step)
+            raise _RolledBack(progress)
 
     def _skipped(self, pending: Pending, loss: float, grad_norm: float) -> None:
         log.warning("step %d skipped: loss %s, gradient norm %s", pending.step, loss, grad_norm)

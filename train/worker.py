@@ -59,7 +59,7 @@ def work(loaded: Loaded) -> NoReturn:
 def _log_to(folder: RunFolder) -> None:
     """All that a rank logs goes into a file of its own; what matters to a person, on rank 0, also to the screen."""
     rank = dist.get_rank()
-    to_file = logging.FileHandler(folder.logs / f"rank-{rank:05d}.log")
+    to_file = logging.FileHandler(folder.log_of(rank))
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.setLevel(logging.INFO if rank == 0 else logging.ERROR)

@@ -2,20 +2,31 @@
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import pytest
+import torch
 import torch.distributed as dist
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from scipy.stats import median_abs_deviation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.stream import TrainingStream
 from parallel.gradients import local
 from parallel.processes import WorkerPool
 from parallel.torch_engine import TorchEngine
-from tests.train.running import train_here
-from train.faults.health import GaveUp
+from tests.train.running import losses, train_here
+from tests.train.test_command_line import trireme
+from tests.train.test_stop import training
+from train.faults.health import GaveUp, robust_z
 from train.run_folder import RunFolder, read_metrics
 
 
@@ -93,3 +104,100 @@ def test_a_run_gives_up_after_too_many_in_a_row(
     assert "gave up at step 4" in first and "3 steps in a row" in first and "max_skipped_steps" in first
     last = faults_of(tmp_path / "parts")[-1]
     assert last["step"] == 4 and len(last["sample_ids"]) == 8
+
+
+def tensors_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """All shards of a checkpoint, by file and name."""
+    files = (RunFolder(folder).checkpoints / f"step-{step:08d}").rglob("*.safetensors")
+    tensors = {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+    assert tensors
+    return tensors
+
+
+SPIKES = ["faults.spike_window=5", "faults.spike_threshold=50", "checkpoint.every_steps=4"]
+
+
+def advance_data(checkpoint: Path, other: Path) -> None:
+    """Have a checkpoint stand at another's position in the data."""
+    manifest, position = (json.loads((path / "manifest.json").read_text()) for path in (checkpoint, other))
+    manifest["progress"]["data"] = position["progress"]["data"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("spike", [11, 12])  # in the midst of steps, and just before a checkpoint
+def test_a_rollback_equals_a_run_that_never_saw_the_batches(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path, spike: int
+) -> None:
+    common = [f"run.dir={tmp_path}", "model.dropout=0.1", "checkpoint.keep=9", *SPIKES]
+    rolling = [*common, "faults.on_spike=rollback", "run.name=rolled", "run.steps=14"]
+    assert pools[2].run(train_with, 1e4, [spike], tiny_config, rolling) == [14, 14]
+
+    # the same without a fault: up to the checkpoint, and from there with the data of a run that went on to the spike
+    pools[2].run(train_here, tiny_config, [*common, "run.name=clean", f"run.steps={spike}"])
+    clean = RunFolder(tmp_path / "clean")
+    advance_data(clean.checkpoints / "step-00000008", clean.checkpoints / f"step-{spike:08d}")
+    for later in range(9, 15):
+        shutil.rmtree(clean.checkpoints / f"step-{later:08d}", ignore_errors=True)
+    pools[2].run(train_here, tiny_config, [*common, "run.name=clean", "run.steps=14"])
+
+    assert losses(tmp_path / "rolled") == losses(tmp_path / "clean")
+    rows = read_metrics(RunFolder(tmp_path / "rolled"))
+    assert [row["data_order_digest"] for row in rows] == [
+        row["data_order_digest"] for row in read_metrics(clean)
+    ]
+    assert [row["left_out_batches"] for row in rows] == [0] * 8 + [spike - 8] * 6
+    assert [(line["fault"], line["step"]) for line in faults_of(tmp_path / "rolled")] == [
+        ("spike", spike),
+        ("rollback", spike),
+    ]
+    rolled, untouched = (tensors_of(tmp_path / name, 14) for name in ("rolled", "clean"))
+    assert rolled.keys() == untouched.keys()
+    assert all(torch.equal(rolled[name], untouched[name]) for name in rolled)
+
+
+def test_so_many_rollbacks_and_no_more(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    rolling = [f"run.dir={tmp_path}", *SPIKES, "faults.on_spike=rollback", "faults.max_rollbacks=1"]
+    assert pools[2].run(train_with, 1e4, [7, 9], tiny_config, [*rolling, "run.steps=9"]) == [9, 9]
+    assert [(line["fault"], line["step"]) for line in faults_of(tmp_path / "run")] == [
+        ("spike", 7),
+        ("rollback", 7),
+        ("spike", 6),  # batch 9
+    ]
+    (row,) = [row for row in read_metrics(RunFolder(tmp_path / "run")) if "spike" in row]
+    assert row["step"] == 6 and row["spike"] > 50
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=30), st.floats(-1e3, 1e3))
+def test_robust_z_is_that_of_scipy(past: list[float], value: float) -> None:
+    deviation = median_abs_deviation(past, scale="normal")
+    assume(deviation > 1e-2)
+    assert robust_z(value, past) == pytest.approx((value - np.median(past)) / deviation, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_the_command_gives_up_with_one_line(tiny_config: str, tmp_path: Path) -> None:
+    wild = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "faults.max_skipped_steps=3"]
+    settings = [f"run.dir={tmp_path}", "run.steps=50", "checkpoint.every_steps=1"]
+    done = trireme("train", tiny_config, *settings, *wild, code=1)
+    (line,) = done.stderr.splitlines()
+    last = faults_of(tmp_path / "run")[-1]
+    assert line.startswith(f"error: gave up at step {last['step']}: ") and len(last["sample_ids"]) == 8
+
+
+@pytest.mark.slow
+def test_a_hung_run_ends_and_every_rank_shows_where_it_stands(tiny_config: str, tmp_path: Path) -> None:
+    settings = ["parallel.dp_shard=2", "faults.hang_timeout=20s", "monitor.tensorboard=false"]
+    path = f"{Path(__file__).parent.parent / 'slurm' / 'slow'}:{os.environ.get('PYTHONPATH', '')}"
+    held = {"PYTHONPATH": path, "HOLD_UNTIL": str(tmp_path / "never"), "HOLD_RANK": "1"}
+    with patch.dict(os.environ, held), training(tiny_config, tmp_path, *settings) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert len(losses(tmp_path / "run")) == 6, "step 7 is told of when step 8 is under way"
+    stacks = [RunFolder(tmp_path / "run").log_of(rank).read_text() for rank in range(2)]
+    for rank, stack in enumerate(stacks):
+        assert f"rank {rank} hangs: step 8 didn't end within 20s" in stack
+        assert f"rank {rank}, in step 8:" in stack and "in _watch" in stack
+    assert "in slow_step" in stacks[1], "the one that sleeps"
+    assert "in all_reduce" in stacks[0], "the one that waits for it"
