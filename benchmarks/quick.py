@@ -165,6 +165,7 @@ class OurLoop:
                 sample=lambda step: None,
                 record=lambda: None,
                 roll_back=lambda data: None,
+                differing_ranks=list,
                 step_ended=lambda step: None,
             ),
             OrderDigest(lambda total: total, torch.device("cpu")),

@@ -194,4 +194,10 @@ class Config(Section):
                 "faults.on_spike=rollback goes back to a checkpoint, and checkpoint.every_steps=null writes none on "
                 "the way: set checkpoint.every_steps=1000, or faults.on_spike=log"
             )
+        compares = self.faults.compare_every_steps
+        if compares is not None and self.parallel.dp_replicate == self.parallel.tp == 1:
+            raise ValueError(
+                f"faults.compare_every_steps={compares}: with parallel.dp_replicate=1 and parallel.tp=1 no two ranks "
+                f"hold the same weights: set faults.compare_every_steps=null, or parallel.dp_replicate=2"
+            )
         return self

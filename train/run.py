@@ -19,6 +19,7 @@ from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
 from train.faults.health import Health
 from train.faults.record import FaultRecord
+from train.faults.replicas import differing_ranks
 from train.faults.watchdog import Watchdog
 from train.monitor import Monitor, make_monitor
 from train.optimizer import make_optimizer
@@ -170,5 +171,11 @@ def _make_hooks(
         return progress
 
     return Hooks(
-        save, lambda: validation_loss(engine, config), sample, record.write, roll_back, watchdog.beat
+        save,
+        evaluate=lambda: validation_loss(engine, config),
+        sample=sample,
+        record=record.write,
+        roll_back=roll_back,
+        differing_ranks=lambda: differing_ranks(engine),
+        step_ended=watchdog.beat,
     )

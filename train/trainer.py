@@ -55,6 +55,8 @@ class Hooks:
     """Load the newest checkpoint, go on in the data from the given position, and forget the metrics since.
 
     Returns where the checkpoint stands. None: there is none, and nothing was done."""
+    differing_ranks: Callable[[], list[int]]
+    """Those whose weights aren't what they should be; see `train.faults.replicas`."""
     step_ended: Callable[[int], None]
     """A step and all that comes after it is done."""
 
@@ -109,7 +111,7 @@ class Trainer:
         self.engine, self.stream, self.monitor, self.hooks = engine, stream, monitor, hooks
         self.order, self.health = order, health
         self.utilization_per_rate = flops_per_token / peak_flops
-        self.step = self._saved = start
+        self.step = self._saved = self._compared = start
         self._pending: Pending | None = None
 
     def train(self, stop: Stop) -> int:
@@ -117,7 +119,7 @@ class Trainer:
 
         Raises:
             Stopped: some rank was asked to stop before the end; there is a checkpoint all the same.
-            GaveUp: too many steps in a row were skipped.
+            GaveUp: too many steps in a row were skipped, or a rank computes differently.
         """
         deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
         while True:
@@ -138,6 +140,8 @@ class Trainer:
         ):
             self.step += 1
             self.train_step()
+            if self._due(self.config.faults.compare_every_steps):
+                self._pause(self._compare)
             if self._due(self.config.evaluation.every_steps) or self._is_last():
                 self._pause(lambda: self.tell(self.hooks.evaluate()))
             if self._due(self.config.evaluation.sample_every_steps):
@@ -150,7 +154,7 @@ class Trainer:
 
     def _go_on_from(self, progress: Progress) -> None:
         log.warning("went back to step %d; the batches since then are left out", progress.step)
-        self.step = self._saved = progress.step
+        self.step = self._saved = self._compared = progress.step
         self._pending = None
         self.order.go_on_from(progress.data_order_digest)
         self.health.rolled_back(progress.faults)
@@ -196,6 +200,20 @@ class Trainer:
         self.tell()
         self.hooks.save(self.step, self.order.value)
         self._saved = self.step
+
+    def _compare(self) -> None:
+        """Have no rank go on with other weights than those that hold the same ones."""
+        ranks = self.hooks.differing_ranks()
+        if ranks:
+            assert self._pending is not None
+            self.hooks.record("differing ranks", self.step, self._pending.sample_ids, ranks=ranks)
+            who = ", ".join(map(str, ranks))
+            raise GaveUp(
+                f"gave up at step {self.step}: the weights of rank {who} are not those of the ranks that hold the "
+                f"same, as they were after step {self._compared}: leave its device out; checkpoints after that step "
+                f"may be wrong"
+            )
+        self._compared = self.step
 
     def _pause(self, action: Callable[[], None]) -> None:
         """Do something between steps that doesn't count as training time."""

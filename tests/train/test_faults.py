@@ -21,13 +21,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.stream import TrainingStream
 from parallel.gradients import local
+from parallel.layout import Layout
 from parallel.processes import WorkerPool
 from parallel.torch_engine import TorchEngine
 from tests.train.running import losses, train_here
 from tests.train.test_command_line import trireme
 from tests.train.test_stop import training
+from train.config_file import load_config
+from train.errors import ConfigError
 from train.faults.health import GaveUp, robust_z
+from train.faults.replicas import outliers
 from train.run_folder import RunFolder, read_metrics
+
+SLOW = f"{Path(__file__).parent.parent / 'slurm' / 'slow'}:{os.environ.get('PYTHONPATH', '')}"
+"""A path on which a module slows steps down, or holds them up."""
 
 
 def gradients_times(factor: float, batches: Iterable[int]) -> Any:
@@ -189,8 +196,7 @@ def test_the_command_gives_up_with_one_line(tiny_config: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_hung_run_ends_and_every_rank_shows_where_it_stands(tiny_config: str, tmp_path: Path) -> None:
     settings = ["parallel.dp_shard=2", "faults.hang_timeout=20s", "monitor.tensorboard=false"]
-    path = f"{Path(__file__).parent.parent / 'slurm' / 'slow'}:{os.environ.get('PYTHONPATH', '')}"
-    held = {"PYTHONPATH": path, "HOLD_UNTIL": str(tmp_path / "never"), "HOLD_RANK": "1"}
+    held = {"PYTHONPATH": SLOW, "HOLD_UNTIL": str(tmp_path / "never"), "HOLD_RANK": "1"}
     with patch.dict(os.environ, held), training(tiny_config, tmp_path, *settings) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
@@ -201,3 +207,88 @@ def test_a_hung_run_ends_and_every_rank_shows_where_it_stands(tiny_config: str, 
         assert f"rank {rank}, in step 8:" in stack and "in _watch" in stack
     assert "in slow_step" in stacks[1], "the one that sleeps"
     assert "in all_reduce" in stacks[0], "the one that waits for it"
+
+
+def flip_a_bit(self: TorchEngine, rank: int, name: str) -> None:
+    """Of the first element that this rank has of a weight; one that an update's rounding can't swallow."""
+    if dist.get_rank() == rank:
+        self.weights()[f"model.{name}"].to_local().view(torch.int32).view(-1)[0] ^= 1 << 16  # type: ignore[attr-defined]
+
+
+def train_corrupted(rank: int, name: str, config: str, overrides: list[str]) -> str:
+    """A run in which one bit of a rank's weights changes after step 3: why it gave up."""
+    step, steps = TorchEngine.step, 0
+
+    def corrupting(self: TorchEngine, lr: float) -> torch.Tensor:
+        nonlocal steps
+        norm = step(self, lr)
+        steps += 1
+        if steps == 3:
+            flip_a_bit(self, rank, name)
+        return norm
+
+    with patch.object(TorchEngine, "step", corrupting), pytest.raises(GaveUp) as gave_up:
+        train_here(config, overrides)
+    return str(gave_up.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "name", "named"),
+    [
+        (["parallel.dp_replicate=4"], 2, "blocks.1.feedforward.down.weight", [2]),
+        (["parallel.tp=4"], 1, "norm.weight", [1]),
+        (["parallel.dp_replicate=2", "parallel.tp=2"], 3, "blocks.0.feedforward.down.weight", [1, 3]),
+        (["parallel.dp_replicate=2", "parallel.dp_shard=2"], 0, "norm.weight", [0, 2]),
+    ],
+)
+def test_a_flipped_bit_is_found_and_the_rank_named(
+    pools: dict[int, WorkerPool],
+    tiny_config: str,
+    tmp_path: Path,
+    layout: list[str],
+    rank: int,
+    name: str,
+    named: list[int],
+) -> None:
+    settings = [f"run.dir={tmp_path}", *layout, "faults.compare_every_steps=2", "run.steps=5"]
+    if layout == ["parallel.tp=4"]:
+        settings += ["model.attention.num_kv_heads=4"]
+    messages = set(pools[4].run(train_corrupted, rank, name, tiny_config, settings))
+    (message,) = messages
+    ranks = ", ".join(map(str, named))
+    assert f"gave up at step 4: the weights of rank {ranks} are not" in message and "after step 2" in message
+    assert faults_of(tmp_path / "run")[-1]["ranks"] == named
+
+
+def test_replicas_compute_alike(pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path) -> None:
+    for layout in (["parallel.dp_replicate=2"], ["parallel.tp=2", "parallel.sequence_parallel=false"]):
+        settings = [f"run.dir={tmp_path}", f"run.name={layout[0]}", *layout, "faults.compare_every_steps=1"]
+        assert pools[2].run(train_here, tiny_config, [*settings, "run.steps=4"]) == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("everything", "uncut", "layout", "found"),
+    [
+        ([1, 1, 2, 1], [0, 0, 0, 0], Layout(dp_replicate=4), [2]),
+        ([1, 2, 1, 2], [0, 0, 0, 0], Layout(dp_replicate=2, dp_shard=2), []),
+        ([1, 2, 1, 3], [0, 0, 0, 0], Layout(dp_replicate=2, dp_shard=2), [1, 3]),
+        ([1, 2, 3, 4], [5, 5, 6, 5], Layout(tp=4), [2]),
+        ([1, 2, 3, 4], [5, 5, 6, 6], Layout(dp_shard=2, tp=2), []),
+        ([1, 2, 3, 4], [5, 6, 7, 8], Layout(pp=2, cp=2), []),
+        ([1, 2, 1, 3], [5, 5, 5, 6], Layout(dp_replicate=2, tp=2), [1, 3]),
+    ],
+)
+def test_who_differs(everything: list[int], uncut: list[int], layout: Layout, found: list[int]) -> None:
+    assert outliers(everything, uncut, layout) == found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("faults.on_spike=rollback", "set checkpoint.every_steps=1000"),
+        ("faults.compare_every_steps=5", "set faults.compare_every_steps=null, or parallel.dp_replicate=2"),
+    ],
+)
+def test_what_could_not_work_is_refused(tiny_config: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(tiny_config, [override])

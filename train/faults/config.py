@@ -29,3 +29,6 @@ class FaultsConfig(BaseModel):
     """A process in which no step ends for so long, such as `30m`, writes down where each of its threads stands and ends
     with 1, so that the launcher starts the ranks again or ends the job. What is done between two steps (evaluation,
     saving), and compiling before the first, counts as well."""
+    compare_every_steps: int | None = Field(None, ge=1)
+    """Every so many steps, compare the weights of ranks that hold the same ones (over `parallel.dp_replicate` and
+    `parallel.tp`). Where a rank differs, its device corrupts data: the run names it and ends."""

@@ -13,7 +13,7 @@ class FaultRecord:
     def __init__(self, path: Path, data_rank: int) -> None:
         self.path, self.data_rank = path, data_rank
 
-    def write(self, fault: str, step: int, sample_ids: Tensor, **facts: float) -> None:
+    def write(self, fault: str, step: int, sample_ids: Tensor, **facts: float | list[int]) -> None:
         """Append a fault, called by all ranks together; sample_ids: (B,) int64, this rank's, on the host."""
         shares: list[tuple[int, list[int]]] = [(0, [])] * dist.get_world_size()
         dist.all_gather_object(shares, (self.data_rank, sample_ids.tolist()))
