@@ -50,11 +50,15 @@ class Partitions(ABC):
         return self.library.basic_optimizer
 
     def allocate(self) -> None:
+        """Let the optimizer make its state."""
+        self._allocate(self.masters())
+
+    def _allocate(self, masters: list[Tensor]) -> None:
         """Optimizers make their state at the first step: one of no gradient and no learning rate changes no weight."""
         groups = [(group, group["lr"], group["params"]) for group in self.optimizer.param_groups]
         for group, _, _ in groups:
             group["lr"], group["params"] = 0.0, []
-        groups[0][0]["params"] = masters = self.masters()
+        groups[0][0]["params"] = masters
         gradients = [master.grad for master in masters]  # with offload, buffers
         for master in masters:
             master.grad = torch.zeros_like(master)
@@ -145,6 +149,17 @@ class FlatGroups(Partitions):
 
 class PartitionedParameters(Partitions):
     """Stage 3: each rank has an equal piece of every parameter, padded at its end."""
+
+    def allocate(self) -> None:
+        """What is offloaded to a disk is fetched for it, group by group."""
+        wrapper: Any = self.library.optimizer
+        for group, master in enumerate(self.masters()):
+            on_disk = wrapper._swappable_optimizer_subgroup(group)
+            if on_disk:
+                wrapper._optimizer_states_and_gradient_swap_in(group)
+            self._allocate([master])
+            if on_disk:
+                wrapper._optimizer_states_and_gradient_swap_out(group)
 
     def held(self, parameter: nn.Parameter) -> range:
         size, total = parameter.ds_tensor.ds_numel, parameter.ds_numel  # type: ignore[attr-defined]
