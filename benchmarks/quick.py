@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from model.initialize import initialize
 from parallel.layout import Layout
 from parallel.processes import process_group
 from train.config import Config, OptimizerConfig
+from train.faults.health import Health
 from train.metrics import Metrics
 from train.monitor import Monitor
 from train.order_digest import OrderDigest
@@ -116,8 +118,11 @@ class RandomStream:
 
     def __init__(self) -> None:
         self.step = 0
-        self.taken: dict[str, int] = {}
         self.skipped_sequences = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as the trainer reads it."""
+        return {"batches": self.step, "sequences": {}}
 
     def __next__(self) -> Batch:
         self.step += 1
@@ -154,8 +159,17 @@ class OurLoop:
             make_engine(plan, torch.device("cpu")),
             RandomStream(),
             Monitor([self.listener]),
-            Hooks(save=lambda step, digest: None, evaluate=lambda: 0.0, sample=lambda step: None),
+            Hooks(
+                save=lambda step, digest: None,
+                evaluate=lambda: 0.0,
+                sample=lambda step: None,
+                record=lambda: None,
+                roll_back=lambda data: None,
+                differing_ranks=list,
+                step_ended=lambda step: None,
+            ),
             OrderDigest(lambda total: total, torch.device("cpu")),
+            Health(config.faults, {}),
             flops_per_token=1.0,
             peak_flops=1.0,
             start=0,

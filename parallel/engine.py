@@ -14,6 +14,7 @@ from model.moe import ExpertStatistics, expert_statistics, take_expert_counts, u
 from parallel.activation_budget import Budgeted
 from parallel.batch import Batch
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
+from parallel.cut import Cuts
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.passes import Passes
@@ -49,6 +50,8 @@ class Engine(ABC):
     seed: int
     mesh: Mesh
     model: nn.Module
+    cuts: Cuts
+    """How parameters are cut, by name."""
     passes: Passes
     budgeted: Budgeted | None
     """How blocks recompute where a budget decides that."""

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Progress:
     """Of the step's batch, before its update; None where none is known."""
     validation_loss: float | None = None
     """After the step; None where it wasn't evaluated."""
+    faults: dict[str, Any] = field(default_factory=dict)
+    """What went wrong so far, as `train.faults.health.Health` gives it."""
 
 
 def complete(folder: Path) -> list[Path]:

@@ -18,10 +18,10 @@ from model.models import parse_model
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig, Precision
 from slurm.config import SlurmConfig
 from train.counts import parse_count
-from train.duration import parse_seconds
+from train.duration import Seconds
+from train.faults.config import FaultsConfig
 
 Count = Annotated[float, BeforeValidator(parse_count)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 
 
 def _file_name(value: str) -> str:
@@ -192,6 +192,7 @@ class Config(Section):
     activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
     compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     slurm: SlurmConfig = SlurmConfig()
@@ -216,5 +217,20 @@ class Config(Section):
             raise ValueError(
                 f"schedule.type={self.schedule.type} must know where it ends: set run.steps, run.tokens or "
                 f"schedule.total_steps, or use schedule.type=constant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_faults(self) -> "Config":
+        if self.faults.on_spike == "rollback" and self.checkpoint.every_steps is None:
+            raise ValueError(
+                "faults.on_spike=rollback goes back to a checkpoint, and checkpoint.every_steps=null writes none on "
+                "the way: set checkpoint.every_steps=1000, or faults.on_spike=log"
+            )
+        compares = self.faults.compare_every_steps
+        if compares is not None and self.parallel.dp_replicate == self.parallel.tp == 1:
+            raise ValueError(
+                f"faults.compare_every_steps={compares}: with parallel.dp_replicate=1 and parallel.tp=1 no two ranks "
+                f"hold the same weights: set faults.compare_every_steps=null, or parallel.dp_replicate=2"
             )
         return self

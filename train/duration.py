@@ -1,6 +1,9 @@
 """Durations as people write them."""
 
 import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 _UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _PART = r"(\d+(?:\.\d+)?)\s*([dhms])"
@@ -22,6 +25,10 @@ def parse_seconds(value: object) -> object:
         raise ValueError(
             f"{value!r} is not a duration: write 90m, 1h30m, 2d or a number of seconds"
         ) from None
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+"""In a configuration."""
 
 
 def format_seconds(seconds: float) -> str:

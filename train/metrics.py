@@ -67,6 +67,12 @@ class Metrics:
     """Trained on so far, of each source of the data."""
     epochs: dict[str, float]
     """How often each source was gone through so far."""
+    skipped_steps: int = 0
+    """So far, since their loss or gradient was not finite."""
+    left_out_batches: int = 0
+    """Global batches so far that were left out by going back to a checkpoint."""
+    spike: float | None = None
+    """How far loss or gradient norm are above those of the steps before, where that is too far; see `train.faults`."""
     skipped_sequences: int | None = None
     """In bad shards, which are left out; None where there are none."""
     validation_loss: float | None = None

@@ -23,10 +23,16 @@ class OrderDigest:
         before: str = NOTHING_READ,
     ) -> None:
         """sum_over_data: in place, over the ranks that read different data. before: where a resumed run goes on."""
+        self._sum_over_data = sum_over_data
+        self._share = torch.zeros((), dtype=torch.int64, device=device)
+        self.go_on_from(before)
+
+    def go_on_from(self, before: str) -> None:
+        """Go on from a digest of before, all ranks together."""
         self.value = before
         """After the last step that was read."""
-        self._before, self._sum_over_data = int(before, 16), sum_over_data
-        self._share = torch.zeros((), dtype=torch.int64, device=device)
+        self._before = int(before, 16)
+        self._share.zero_()
 
     def add(self, step: int, ids: Tensor) -> Tensor:
         """Add this rank's sequences of a step; ids: (B,) int64, on the host. All ranks call it together.

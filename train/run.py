@@ -20,6 +20,10 @@ from train import checkpoint, checkpoint_folder
 from train.agree import on_first_rank
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
+from train.faults.health import Health
+from train.faults.record import FaultRecord
+from train.faults.replicas import differing_ranks
+from train.faults.watchdog import Watchdog
 from train.monitor import Monitor, Newest, make_monitor
 from train.optimizer import make_optimizer
 from train.order_digest import OrderDigest
@@ -42,6 +46,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
 
     Raises:
         Stopped: asked to stop before the end, and saved.
+        GaveUp: something is wrong with the run.
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
@@ -69,13 +74,16 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         drop_metrics_after(folder, start)
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
     saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan))
+    health = Health(config.faults, progress.faults)
+    watchdog = Watchdog(config.faults.hang_timeout, dist.get_rank(), start, folder.log_of(dist.get_rank()))
     trainer = Trainer(
         plan,
         engine,
         stream,
         monitor,
-        _make_hooks(plan, saver, engine, stream, monitor),
+        _make_hooks(plan, saver, engine, stream, monitor, health, watchdog),
         OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
+        health,
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
         peak_flops=peak_flops(device, config.precision),
         start=start,
@@ -83,6 +91,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     try:
         return trainer.train(listen())
     finally:
+        watchdog.close()
         monitor.close()
         stream.close()
         saver.close()
@@ -108,7 +117,7 @@ def engine_of(plan: Plan, device: torch.device) -> Engine:
 
 def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progress:
     """Load the newest checkpoint into engine and stream. Returns where it stands; at step 0 where there is none."""
-    path = on_first_rank(lambda: _newest(folder), f"{folder.checkpoints} can't be read")
+    path = _newest_checkpoint(folder)
     if path is None:
         return Progress(0, 0, {})
     progress = checkpoint_folder.load_progress(path)
@@ -121,10 +130,14 @@ def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progre
     return progress
 
 
-def _newest(folder: RunFolder) -> Path | None:
-    """The newest undamaged checkpoint; what a kill left unfinished is removed."""
-    checkpoint_folder.clean_up(folder.checkpoints, log)
-    return checkpoint_folder.latest(folder.checkpoints, log)
+def _newest_checkpoint(folder: RunFolder) -> Path | None:
+    """The newest undamaged one, as rank 0 finds it, on all ranks; what a kill left unfinished is removed."""
+
+    def find() -> Path | None:
+        checkpoint_folder.clean_up(folder.checkpoints, log)
+        return checkpoint_folder.latest(folder.checkpoints, log)
+
+    return on_first_rank(find, f"{folder.checkpoints} can't be read")
 
 
 def _origin(plan: Plan) -> dict[str, Any]:
@@ -137,13 +150,22 @@ def _origin(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _make_hooks(plan: Plan, saver: Saver, engine: Engine, stream: TrainingStream, monitor: Monitor) -> Hooks:
-    config = plan.config
+def _make_hooks(
+    plan: Plan,
+    saver: Saver,
+    engine: Engine,
+    stream: TrainingStream,
+    monitor: Monitor,
+    health: Health,
+    watchdog: Watchdog,
+) -> Hooks:
+    config, folder = plan.config, folder_of(plan.config)
     newest = Newest()  # hears of steps on rank 0, which writes down what it knows
     monitor.listeners.append(newest)
 
     def save(step: int, data_order_digest: str) -> None:
-        progress = Progress(step, step * plan.tokens_per_step, stream.state_dict(), data_order_digest)
+        at = stream.state_dict()
+        progress = Progress(step, step * plan.tokens_per_step, at, data_order_digest, faults=health.state())
         if (told := newest.metrics) is not None:
             progress = replace(progress, loss=told.loss, validation_loss=told.validation_loss)
         saver.save(engine.state(), progress)
@@ -152,4 +174,29 @@ def _make_hooks(plan: Plan, saver: Saver, engine: Engine, stream: TrainingStream
         made = make_sample(engine.model, plan.dataset, config.evaluation, config.run.seed, engine.device)
         monitor.sample(step, made)
 
-    return Hooks(save, lambda: validation_loss(engine, config), sample, saver.check)
+    record = FaultRecord(folder.faults, engine.mesh.data_rank)
+
+    def roll_back(position: dict[str, Any]) -> Progress | None:
+        saver.wait()
+        path = _newest_checkpoint(folder)
+        progress = None if path is None else checkpoint_folder.load_progress(path)
+        if path is None or progress is None or progress.step == 0:
+            return None
+        engine.restore(lambda tensors: checkpoint.load_tensors(path, tensors))
+        stream.load_state_dict(position)
+        if dist.get_rank() == 0:
+            monitor.close()
+            drop_metrics_after(folder, progress.step)
+            monitor.listeners = [*make_monitor(folder, plan, progress.step).listeners, newest]
+        return progress
+
+    return Hooks(
+        save,
+        evaluate=lambda: validation_loss(engine, config),
+        sample=sample,
+        record=record.write,
+        roll_back=roll_back,
+        differing_ranks=lambda: differing_ranks(engine),
+        check=saver.check,
+        step_ended=watchdog.beat,
+    )

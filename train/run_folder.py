@@ -40,11 +40,16 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.model"
         self.samples = path / "samples"
         self.metrics = path / "metrics.jsonl"
+        self.faults = path / "faults.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.stopped = path / "stopped"
         """There while a run that a signal stopped waits to be started again."""
+
+    def log_of(self, rank: int) -> Path:
+        """What a rank logs."""
+        return self.logs / f"rank-{rank:05d}.log"
 
 
 def folder_of(config: Config) -> RunFolder:

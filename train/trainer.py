@@ -1,9 +1,10 @@
 """The loop. It knows of batches, steps and listeners; of layouts it knows nothing."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +12,16 @@ from torch import Tensor
 from data.stream import Batch, TrainingStream
 from model.moe import ExpertStatistics
 from parallel.processes import any_rank
+from train.checkpoint_folder import Progress
+from train.faults.health import GaveUp, Health
 from train.metrics import ExpertLoad, Metrics, peak_memory_bytes
 from train.monitor import Monitor
 from train.order_digest import OrderDigest
 from train.resolve import Plan
 from train.schedule import learning_rate
 from train.stop import Stop, Stopped
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -44,8 +49,18 @@ class Hooks:
     """The validation loss."""
     sample: Callable[[int], None]
     """Generate a text and tell the monitor."""
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], None]
     """After each step: raise what has gone wrong in the background."""
+    record: Callable[..., None]
+    """Write a fault down; see `train.faults.record.FaultRecord.write`."""
+    roll_back: Callable[[dict[str, Any]], Progress | None]
+    """Load the newest checkpoint, go on in the data from the given position, and forget the metrics since.
+
+    Returns where the checkpoint stands. None: there is none, and nothing was done."""
+    differing_ranks: Callable[[], list[int]]
+    """Those whose weights aren't what they should be; see `train.faults.replicas`."""
+    step_ended: Callable[[int], None]
+    """A step and all that comes after it is done."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +73,20 @@ class Pending:
     experts: ExpertStatistics | None
     order: Tensor
     """What the data's digest is read from."""
-    sequences: dict[str, int]
-    """Of each source, up to this step."""
+    sample_ids: Tensor
+    """Of this rank's sequences, on the host."""
+    data: dict[str, Any]
+    """The position in the data after this step."""
     lr: float
     step_seconds: float
     data_seconds: float
+
+
+class _RolledBack(Exception):
+    """A checkpoint was loaded; whatever was under way is to be left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
 
 class Trainer:
@@ -79,6 +103,7 @@ class Trainer:
         monitor: Monitor,
         hooks: Hooks,
         order: OrderDigest,
+        health: Health,
         *,
         flops_per_token: float,
         peak_flops: float,
@@ -86,9 +111,9 @@ class Trainer:
     ) -> None:
         self.plan, self.config = plan, plan.config
         self.engine, self.stream, self.monitor, self.hooks = engine, stream, monitor, hooks
-        self.order = order
+        self.order, self.health = order, health
         self.utilization_per_rate = flops_per_token / peak_flops
-        self.step = self._saved = start
+        self.step = self._saved = self._compared = start
         self._pending: Pending | None = None
 
     def train(self, stop: Stop) -> int:
@@ -96,26 +121,46 @@ class Trainer:
 
         Raises:
             Stopped: some rank was asked to stop before the end; there is a checkpoint all the same.
+            GaveUp: too many steps in a row were skipped, or a rank computes differently.
         """
         deadline = time.monotonic() + (self.config.run.wall_time or float("inf"))
-        self.start_clock()
+        while True:
+            self.start_clock()
+            try:
+                self._go_on(stop, deadline)
+                break
+            except _RolledBack as back:
+                self._go_on_from(back.progress)
+        if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
+            raise Stopped(f"stopped by a signal after step {self.step}")
+        return self.step
+
+    def _go_on(self, stop: Stop, deadline: float) -> None:
+        """Until all steps are done and saved, or the deadline (monotonic, seconds) or a signal is there."""
         while self.step != self.plan.total_steps and not any_rank(
             stop.requested is not None or time.monotonic() > deadline
         ):
             self.step += 1
             self.train_step()
             self.hooks.check()
+            if self._due(self.config.faults.compare_every_steps):
+                self._pause(self._compare)
             if self._due(self.config.evaluation.every_steps) or self._is_last():
                 self._pause(lambda: self.tell(self.hooks.evaluate()))
             if self._due(self.config.evaluation.sample_every_steps):
                 self._pause(lambda: self.hooks.sample(self.step))
             if self._due(self.config.checkpoint.every_steps) or self._long_unsaved():
                 self._pause(self._save)
+            self.hooks.step_ended(self.step)
         if self._saved != self.step:
             self._pause(self._save)
-        if self.step != self.plan.total_steps and any_rank(stop.requested is not None):
-            raise Stopped(f"stopped by a signal after step {self.step}")
-        return self.step
+
+    def _go_on_from(self, progress: Progress) -> None:
+        log.warning("went back to step %d; the batches since then are left out", progress.step)
+        self.step = self._saved = self._compared = progress.step
+        self._pending = None
+        self.order.go_on_from(progress.data_order_digest)
+        self.health.rolled_back(progress.faults)
 
     def start_clock(self) -> None:
         """From here on the first step's time is counted, and the time without a checkpoint."""
@@ -141,7 +186,8 @@ class Trainer:
             grad_norm,
             experts,
             order,
-            self.stream.taken,
+            batch.sample_ids,
+            self.stream.state_dict(),
             lr,
             now - self._clock,
             data_seconds,
@@ -163,6 +209,20 @@ class Trainer:
         every = self.config.checkpoint.every_time
         return every is not None and any_rank(time.monotonic() - self._saved_at > every)
 
+    def _compare(self) -> None:
+        """Have no rank go on with other weights than those that hold the same ones."""
+        ranks = self.hooks.differing_ranks()
+        if ranks:
+            assert self._pending is not None
+            self.hooks.record("differing ranks", self.step, self._pending.sample_ids, ranks=ranks)
+            who = ", ".join(map(str, ranks))
+            raise GaveUp(
+                f"gave up at step {self.step}: the weights of rank {who} are not those of the ranks that hold the "
+                f"same, as they were after step {self._compared}: leave its device out; checkpoints after that step "
+                f"may be wrong"
+            )
+        self._compared = self.step
+
     def _pause(self, action: Callable[[], None]) -> None:
         """Do something between steps that doesn't count as training time."""
         began = time.perf_counter()
@@ -170,16 +230,23 @@ class Trainer:
         self._clock += time.perf_counter() - began
 
     def tell(self, validation_loss: float | None = None) -> None:
-        """Tell the monitor of the pending step, if there is one."""
+        """Tell the monitor of the pending step, if there is one.
+
+        Raises:
+            GaveUp: too many steps in a row were skipped.
+        """
         if self._pending is None:
             return
+        loss, grad_norm = self._pending.loss.item(), self._pending.grad_norm.item()
+        skipped = self.health.skipped(loss, grad_norm)
+        spike = None if skipped else self.health.spike(loss, grad_norm)
         rate = self.plan.tokens_per_step / self._pending.step_seconds
         experts = self._pending.experts
         metrics = Metrics(
             step=self._pending.step,
             tokens=self._pending.step * self.plan.tokens_per_step,
-            loss=self._pending.loss.item(),
-            grad_norm=self._pending.grad_norm.item(),
+            loss=loss,
+            grad_norm=grad_norm,
             lr=self._pending.lr,
             tokens_per_second=rate,
             mfu=rate * self.utilization_per_rate,
@@ -187,14 +254,43 @@ class Trainer:
             step_seconds=self._pending.step_seconds,
             data_seconds=self._pending.data_seconds,
             data_order_digest=self.order.read(self._pending.order),
-            sequences=self._pending.sequences,
+            sequences=self._pending.data["sequences"],
             epochs={
-                source.name: self._pending.sequences[source.name] / source.info.train.sequences
+                source.name: self._pending.data["sequences"][source.name] / source.info.train.sequences
                 for source in self.plan.mixture
             },
+            skipped_steps=self.health.skipped_steps,
+            left_out_batches=self._pending.data["batches"] - self._pending.step,
+            spike=spike,
             skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),
         )
         self.monitor.step(metrics)
-        self._pending = None
+        pending, self._pending = self._pending, None
+        if skipped:
+            self._skipped(pending, loss, grad_norm)
+        if spike is not None:
+            self._spiked(pending, loss, grad_norm, spike)
+
+    def _spiked(self, pending: Pending, loss: float, grad_norm: float, score: float) -> None:
+        log.warning(
+            "step %d is a spike (robust z-score %.1f): loss %s, gradient norm %s",
+            *(pending.step, score, loss, grad_norm),
+        )
+        facts = {"loss": loss, "grad_norm": grad_norm, "robust_z": score}
+        self.hooks.record("spike", pending.step, pending.sample_ids, **facts)
+        progress = self.hooks.roll_back(pending.data) if self.health.may_roll_back else None
+        if progress is not None:
+            self.hooks.record("rollback", pending.step, pending.sample_ids, to_step=progress.step)
+            raise _RolledBack(progress)
+
+    def _skipped(self, pending: Pending, loss: float, grad_norm: float) -> None:
+        log.warning("step %d skipped: loss %s, gradient norm %s", pending.step, loss, grad_norm)
+        self.hooks.record("skipped", pending.step, pending.sample_ids, loss=loss, grad_norm=grad_norm)
+        if self.health.hopeless:
+            raise GaveUp(
+                f"gave up at step {pending.step}: loss or gradient was not finite in "
+                f"{self.health.skipped_in_a_row} steps in a row (faults.max_skipped_steps); the sequences of each "
+                f"stand in faults.jsonl in the run's folder"
+            )

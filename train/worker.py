@@ -11,10 +11,13 @@ import torch.distributed as dist
 from parallel.processes import end_process, pick_device, process_group
 from train import run_folder
 from train.config_file import Loaded
+from train.faults.health import GaveUp
 from train.resolve import resolve
 from train.run import run
 from train.run_folder import RunFolder
 from train.stop import EXIT_STOPPED, Stopped, listen
+
+EXIT_FAILED = 1
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,10 @@ def work(loaded: Loaded) -> NoReturn:
             if dist.get_rank() == 0:
                 folder.stopped.write_text(f"{stopped}\n")
             code = 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
+        except GaveUp as gave_up:
+            if dist.get_rank() == 0:
+                print(f"error: {gave_up}", file=sys.stderr)
+            code = EXIT_FAILED
         dist.barrier()
     end_process(code)
 
@@ -52,7 +59,7 @@ def work(loaded: Loaded) -> NoReturn:
 def _log_to(folder: RunFolder) -> None:
     """All that a rank logs goes into a file of its own; what matters to a person, on rank 0, also to the screen."""
     rank = dist.get_rank()
-    to_file = logging.FileHandler(folder.logs / f"rank-{rank:05d}.log")
+    to_file = logging.FileHandler(folder.log_of(rank))
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.setLevel(logging.INFO if rank == 0 else logging.ERROR)

@@ -1,4 +1,7 @@
-"""On a job's path: training steps take STEP_SECONDS more each, and one waits for the file HOLD_UNTIL."""
+"""On a job's path: training steps take STEP_SECONDS more each, and one waits for the file HOLD_UNTIL.
+
+It waits in every rank, or in HOLD_RANK alone.
+"""
 
 import importlib.abc
 import importlib.machinery
@@ -29,10 +32,11 @@ class _SlowSteps(importlib.abc.MetaPathFinder):
         def load_and_slow_down(module: ModuleType) -> None:
             load(module)
             step = module.Trainer.train_step
+            held = HELD_STEP if os.environ.get("HOLD_RANK") in (None, os.environ.get("RANK")) else None
 
             def slow_step(self: Any) -> None:
                 time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
-                while self.step == HELD_STEP and not Path(os.environ.get("HOLD_UNTIL", "/")).exists():
+                while self.step == held and not Path(os.environ.get("HOLD_UNTIL", "/")).exists():
                     time.sleep(0.05)
                 step(self)
 
