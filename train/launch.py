@@ -14,6 +14,7 @@ from data.shards import check
 from data.shared_memory import clean_stale_shared_memory
 from train import checkpoint_folder, run_folder
 from train.config_file import load_config
+from train.errors import ConfigError
 from train.resolve import resolve
 from train.stop import (
     EXIT_INTERRUPTED,
@@ -27,12 +28,20 @@ from train.stop import (
 _AGAIN_SECONDS = 1.0
 
 
-def launch(config: str, overrides: Sequence[str]) -> None:
+def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None:
     """Check everything; then train in this process, or in torchrun's where the layout needs several.
+
+    After a failure torchrun, which then starts a single process, too, starts all again, at most `max_restarts` times.
 
     Raises:
         ConfigError, RunError, LayoutError, InputError: the user's mistake, before any process is started.
     """
+    under_launcher = "RANK" in os.environ
+    if max_restarts and under_launcher:
+        raise ConfigError(
+            f"--max-restarts={max_restarts} is for processes that this command starts, but a launcher has started it "
+            f"(RANK is set): give --max-restarts={max_restarts} to torchrun instead"
+        )
     loaded = load_config(config, overrides)
     plan = resolve(loaded)
     folder = run_folder.folder_of(plan.config)
@@ -44,17 +53,17 @@ def launch(config: str, overrides: Sequence[str]) -> None:
         check([source.info for source in plan.mixture], SPLITS)
     clean_stale_shared_memory()
     processes = plan.layout.world_size
-    if processes == 1 or "RANK" in os.environ:
+    if under_launcher or (processes == 1 and not max_restarts):
         hold_signals()
         from train.worker import work  # only now: torch takes seconds
 
         work(loaded)
     folder.stopped.unlink(missing_ok=True)
-    code = _run_torchrun(processes, ["-m", "train", config, *overrides])
+    code = _run_torchrun(processes, max_restarts, ["-m", "train", config, *overrides])
     sys.exit(EXIT_STOPPED if code == 0 and folder.stopped.exists() else code)
 
 
-def _run_torchrun(processes: int, command: Sequence[str]) -> int:
+def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> int:
     """Run the command as a group of processes, pass signals on to them, and wait. Returns torchrun's exit code.
 
     torchrun itself ignores them: it would end the workers before they have saved.
@@ -63,7 +72,8 @@ def _run_torchrun(processes: int, command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # torchrun tells workers to end only if another failed, and then there is nothing to wait for
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    options = ["--standalone", f"--nproc-per-node={processes}", "--signals-to-handle=SIGQUIT"]
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
+    options.append("--signals-to-handle=SIGQUIT")
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     sys.stdout.flush()
     agent = subprocess.Popen(torchrun, preexec_fn=_keep_at_it)

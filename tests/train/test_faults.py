@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from parallel.processes import WorkerPool
 from parallel.torch_engine import TorchEngine
 from tests.train.running import losses, train_here
 from tests.train.test_command_line import trireme
-from tests.train.test_stop import training
+from tests.train.test_stop import training, workers
 from train.config_file import load_config
 from train.errors import ConfigError
 from train.faults.health import GaveUp, robust_z
 from train.faults.replicas import outliers
+from train.launch import launch
 from train.run_folder import RunFolder, read_metrics
 
 SLOW = f"{Path(__file__).parent.parent / 'slurm' / 'slow'}:{os.environ.get('PYTHONPATH', '')}"
@@ -280,6 +283,42 @@ def test_replicas_compute_alike(pools: dict[int, WorkerPool], tiny_config: str, 
 )
 def test_who_differs(everything: list[int], uncut: list[int], layout: Layout, found: list[int]) -> None:
     assert outliers(everything, uncut, layout) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_worker_is_started_again_and_computes_what_it_would_have(
+    tiny_config: str, tmp_path: Path, ranks: int
+) -> None:
+    settings = [
+        f"parallel.dp_shard={ranks}",
+        "run.steps=20",
+        "checkpoint.every_steps=5",
+        "data.num_workers=1",
+    ]
+    slow = {"PYTHONPATH": SLOW, "STEP_SECONDS": "0.2"}
+    with (
+        patch.dict(os.environ, slow),
+        training(tiny_config, tmp_path, *settings, "--max-restarts=1") as process,
+    ):
+        while not (tmp_path / "run" / "checkpoints" / "step-00000010").is_dir() and process.poll() is None:
+            time.sleep(0.02)
+        assert len(losses(tmp_path / "run")) < 15, "it is killed on its way"
+        os.kill(workers(tmp_path)[-1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "from step 11 to 20" in output
+    with training(tiny_config, tmp_path / "whole", *settings) as process:
+        assert process.wait(240) == 0, process.communicate()[0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole" / "run")
+    killed, whole = tensors_of(tmp_path / "run", 20), tensors_of(tmp_path / "whole" / "run", 20)
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+def test_restarts_are_the_launchers_to_give(tiny_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="give --max-restarts=2 to torchrun instead"):
+        launch(tiny_config, [], max_restarts=2)
 
 
 @pytest.mark.parametrize(

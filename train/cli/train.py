@@ -10,6 +10,12 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value ...", metavar="OVERRIDES")
     ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="After a failure, start all processes again from the newest checkpoint, so often."
+        ),
+    ] = 0,
 ) -> None:
     """Train a model, or go on with a run that was interrupted.
 
@@ -19,4 +25,4 @@ def train(
     """
     from train.launch import launch
 
-    launch(config, overrides or [])
+    launch(config, overrides or [], max_restarts)
