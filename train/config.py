@@ -222,7 +222,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_faults(self) -> "Config":
-        if self.faults.on_spike == "rollback" and self.checkpoint.every_steps is None:
+        if self.faults.on_spike == "rollback" and (
+            self.checkpoint.every_steps is None and self.checkpoint.every_time is None
+        ):
             raise ValueError(
                 "faults.on_spike=rollback goes back to a checkpoint, and checkpoint.every_steps=null writes none on "
                 "the way: set checkpoint.every_steps=1000, or faults.on_spike=log"

@@ -44,7 +44,7 @@ def pair_run(
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
     prepare_pairs([str(folder / "pairs.jsonl")], folder / "set", vocab_size=300, source_len=24, seq_len=8)
     overrides = [f"run.dir={folder}", f"data.path={folder / 'set'}", "model.type=encoder_decoder"]
-    pools[1].run(train_here, tiny_config, [*overrides, "run.steps=40"])
+    pools[1].run(train_here, tiny_config, [*overrides, "run.steps=120"])
     return load_run(str(folder / "run"))
 
 
