@@ -74,6 +74,10 @@ def any_rank(flag: bool) -> bool:
     return bool(agreed.item())
 
 
+class WorkerEnded(RuntimeError):
+    """A process of a pool is no more."""
+
+
 class WorkerPool:
     """`size` gloo processes on this machine that run functions together, started once and reused.
 
@@ -101,6 +105,7 @@ class WorkerPool:
 
         Raises:
             RuntimeError: a call failed, with the traceback of the first that did; the pool is then closed.
+            WorkerEnded: a process ended in the midst of it; likewise.
         """
         for pipe in self._pipes:
             pipe.send((function, args))
@@ -112,22 +117,20 @@ class WorkerPool:
                 try:
                     succeeded, value = self._pipes[rank].recv()
                 except EOFError:
-                    succeeded, value = False, self._how_it_ended(rank)
+                    raise self._ended(rank) from None
                 if not succeeded:
                     self.close()
                     raise RuntimeError(f"rank {rank} of {self.size} failed: {value}")
                 outcomes[rank] = value
         return [outcomes[rank] for rank in range(self.size)]
 
-    def _how_it_ended(self, rank: int) -> str:
+    def _ended(self, rank: int) -> "WorkerEnded":
         self._processes[rank].join()
         code = self._processes[rank].exitcode
         assert code is not None
-        return (
-            f"the process ended by {signal.Signals(-code).name}"
-            if code < 0
-            else f"it ended with exit code {code}"
-        )
+        self.close()
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return WorkerEnded(f"rank {rank} of {self.size} ended {how}")
 
     def close(self) -> None:
         """End the processes."""
