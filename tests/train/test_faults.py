@@ -29,6 +29,7 @@ from parallel.torch_engine import TorchEngine
 from tests.train.running import losses, train_here
 from tests.train.test_command_line import trireme
 from tests.train.test_stop import training, workers
+from train.checkpoint_folder import digest
 from train.config_file import load_config
 from train.errors import ConfigError
 from train.faults.health import GaveUp, robust_z
@@ -131,7 +132,8 @@ def advance_data(checkpoint: Path, other: Path) -> None:
     """Have a checkpoint stand at another's position in the data."""
     manifest, position = (json.loads((path / "manifest.json").read_text()) for path in (checkpoint, other))
     manifest["progress"]["data"] = position["progress"]["data"]
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
 
 
 @pytest.mark.parametrize("spike", [11, 12])  # in the midst of steps, and just before a checkpoint
