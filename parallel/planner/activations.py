@@ -15,8 +15,6 @@ from parallel.planner.facts import Arrangement, RunFacts
 DeviceType = Literal["cpu", "cuda"]
 WIDE = 4
 """Bytes of what is computed in at least fp32."""
-LOGITS_CHUNK = 256, 1 << 22
-"""Tokens and elements, of which the loss makes the larger at once; see model.loss."""
 
 
 @dataclass(frozen=True)

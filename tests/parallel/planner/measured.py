@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from model.config import ModelConfig
 from parallel.config import CompileConfig
 from parallel.engine import EngineConfig
 from parallel.mesh import Mesh
