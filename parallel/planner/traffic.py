@@ -55,18 +55,22 @@ def bytes_by_kind(exchanges: Iterable[Exchange]) -> dict[tuple[Kind, Dimension],
 
 def traffic_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
     """All exchanges of a step but those of a few numbers (losses, norms, counts)."""
-    found = [
-        *(
-            _zero(run, arrangement, rank)
-            if arrangement.zero_stage is not None
-            else _fsdp(run, arrangement, rank)
-        ),
-        *_tensor(run, arrangement, rank),
-        *_context(run, arrangement, rank),
-        *_experts(run, arrangement, rank),
-        *_pipeline(run, arrangement, rank),
-    ]
-    return [exchange for exchange in found if exchange.ranks > 1 and exchange.count and exchange.bytes]
+    return traffic_of_weights(run, arrangement, rank) + traffic_of_work(run, arrangement, rank)
+
+
+def traffic_of_weights(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
+    """Those that gather weights and sum gradients over data-parallel ranks."""
+    return _of_several(_fsdp(run, arrangement, rank))
+
+
+def traffic_of_work(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
+    """Those that a micro-batch makes on its way."""
+    makers = _tensor, _context, _experts, _pipeline
+    return _of_several(each for make in makers for each in make(run, arrangement, rank))
+
+
+def _of_several(exchanges: Iterable[Exchange]) -> list[Exchange]:
+    return [each for each in exchanges if each.ranks > 1 and each.count and each.bytes]
 
 
 def _units(rank: Rank) -> list[tuple[str, Held, int]]:
@@ -94,25 +98,6 @@ def _fsdp(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Excha
             replicas = layout.tp * layout.shard_size
             reduced = size / ranks * run.master_size
             yield Exchange("all_reduce", "dp_replicate", layout.dp_replicate, replicas, count, reduced, of)
-
-
-def _zero(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
-    """DeepSpeed's: stage 3 as FSDP; below it gradients are summed, and steps' results gathered, once."""
-    layout, stage = arrangement.layout, arrangement.zero_stage
-    assert stage is not None
-    if stage == 3:
-        yield from _fsdp(run, arrangement, rank)
-        return
-    each = arrangement.micro_batches(run) if stage == 2 else 1
-    for elements, ranks, stride in (
-        (rank.all.whole, layout.shard_size, layout.tp),
-        (rank.all.expert_whole, layout.shard_size // layout.ep, layout.tp * layout.ep),
-    ):
-        reduced = elements * run.master_size
-        kind: Kind = "reduce_scatter" if stage == 2 else "all_reduce"
-        yield Exchange(kind, "dp_shard", ranks, stride, each, reduced, "gradients")
-        if stage > 0:
-            yield Exchange("all_gather", "dp_shard", ranks, stride, 1, elements * run.itemsize, "weights")
 
 
 def _tensor(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
