@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import known
+from parallel.layout import Layout
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
-from parallel.planner.parameters import Held
 from parallel.planner.rank import Rank
 from parallel.planner.work import needs_last_product
 from parallel.stages import rank_of
@@ -73,31 +73,50 @@ def _of_several(exchanges: Iterable[Exchange]) -> list[Exchange]:
     return [each for each in exchanges if each.ranks > 1 and each.count and each.bytes]
 
 
-def _units(rank: Rank) -> list[tuple[str, Held, int]]:
-    """What is gathered at once, and how often there is such."""
-    return [
-        ("layer", rank.dense_layer, rank.dense_layers),
-        ("layer", rank.expert_layer, rank.expert_layers),
-        ("root", rank.root, rank.stages),
-    ]
-
-
 def _fsdp(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
-    layout, micro_batches = arrangement.layout, arrangement.micro_batches(run)
-    whole_step = layout.pp > 1
-    for of, held, count in _units(rank):
-        gathers = 1 if of == "root" or arrangement.keeps_gathered else 2
-        times = count * (1 if whole_step else micro_batches)
-        for shard, ranks, stride in (
-            (held.shard, layout.shard_size, layout.tp),
-            (held.expert_shard, layout.shard_size // layout.ep, layout.tp * layout.ep),
-        ):
-            size = shard * ranks / (rank.stages if of == "root" else 1)
-            yield Exchange("all_gather", "dp_shard", ranks, stride, times * gathers, size * run.itemsize, of)
-            yield Exchange("reduce_scatter", "dp_shard", ranks, stride, times, size * run.master_size, of)
-            replicas = layout.tp * layout.shard_size
-            reduced = size / ranks * run.master_size
-            yield Exchange("all_reduce", "dp_replicate", layout.dp_replicate, replicas, count, reduced, of)
+    layout = arrangement.layout
+    # a pipeline gathers and reduces once in a step
+    times = 1 if layout.pp > 1 else arrangement.micro_batches(run)
+    gathers = 1 if arrangement.keeps_gathered else 2
+    units = (
+        ("layer", rank.dense_layer, rank.dense_layers, gathers),
+        ("layer", rank.expert_layer, rank.expert_layers, gathers),
+        ("root", rank.root, 1, 1),
+    )
+    for of, held, count, gathered in units:
+        if not count:
+            continue
+        yield from _shards(
+            run, layout, of, held.shard, count, times, gathered, (layout.shard_size, layout.tp)
+        )
+        if held.expert_shard:
+            ranks = layout.shard_size // layout.ep, layout.tp * layout.ep
+            yield from _shards(run, layout, of, held.expert_shard, count, times, gathered, ranks)
+
+
+def _shards(
+    run: RunFacts,
+    layout: Layout,
+    of: str,
+    shard: int,
+    count: int,
+    times: int,
+    gathered: int,
+    over: tuple[int, int],
+) -> Iterator[Exchange]:
+    """Of so many units with shards of this size. over: ranks and stride."""
+    ranks, stride = over
+    if ranks > 1:
+        whole = shard * ranks
+        gathers = count * times * gathered
+        yield Exchange("all_gather", "dp_shard", ranks, stride, gathers, whole * run.itemsize, of)
+        yield Exchange(
+            "reduce_scatter", "dp_shard", ranks, stride, count * times, whole * run.master_size, of
+        )
+    replicas = layout.dp_replicate
+    if replicas > 1:
+        apart = layout.tp * layout.shard_size
+        yield Exchange("all_reduce", "dp_replicate", replicas, apart, count, shard * run.master_size, of)
 
 
 def _tensor(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
