@@ -60,6 +60,11 @@ class Training:
         return self.tokens / self.best.tokens_per_second
 
     @property
+    def days(self) -> float:
+        """The same."""
+        return self.seconds / DAY
+
+    @property
     def device_hours(self) -> float:
         """Of all devices."""
         return self.seconds / HOUR * self.best.arrangement.layout.world_size
@@ -204,8 +209,8 @@ def _tokens(config: Config, best: Estimate, budget: Budget) -> float:
         return recommend.TOKENS_PER_PARAMETER * parameter_count(best.run.model).active
     if tokens < per_step:
         raise ConfigError(
-            f"{said} comes to {tokens:.3g} tokens, less than a step of {per_step:.3g}: give at least {per_step / tokens:.3g} "
-            f"times as much, or a smaller data.global_batch_size"
+            f"{said} comes to {tokens:.3g} tokens, less than the {per_step:.3g} of a step: give "
+            f"{math.ceil(per_step / tokens)} times as much, or a smaller data.global_batch_size"
         )
     return tokens
 

@@ -74,13 +74,13 @@ def _show(name: str, made: "Plan") -> None:
     count = parameter_count(run.model)
     active = f" ({format_count(count.active)} active)" if count.active != count.total else ""
     print(
-        f"{name}: {format_count(count.total)} parameters{active}, {run.precision}, {run.global_batch_size} sequences of "
-        f"{run.seq_len} tokens in a step\n{layout.world_size} x {device.name}: {_described(best)}"
+        f"{name}: {format_count(count.total)} parameters{active}, {run.precision}, {run.global_batch_size} sequences "
+        f"of {run.seq_len} tokens in a step\n{layout.world_size} x {device.name}: {_described(best)}"
     )
     print(f"  {' '.join(overrides_of(best))}\n")
     memory, time = best.memory, best.time
     if not best.fits:
-        print("This layout does not fit.")
+        print("this layout doesn't fit: leave out --layout given for one that does")
     print(
         f"memory  {memory.total / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on a device: "
         f"{_parts({part: f'{size / 1e9:.1f}' for part, size in memory.parts.items() if size / 1e9 >= 0.05})}"
@@ -111,13 +111,19 @@ def _show_training(training: "Training") -> None:
     params, tokens = training.optimum
     ratio = training.tokens / parameter_count(training.best.run.model).active
     print(
-        f"run     {format_count(training.tokens)} tokens, {training.flops:.3g} FLOPs: {training.seconds / 86400:.3g} days, "
-        f"{training.device_hours:,.0f} GPU-hours, ${training.dollars:,.0f}, {training.megawatt_hours:,.3g} MWh"
+        f"run     {format_count(training.tokens)} tokens, {training.flops:.3g} FLOPs: {_number(training.days)} days, "
+        f"{_number(training.device_hours)} GPU-hours, ${_number(training.dollars)}, "
+        f"{_number(training.megawatt_hours)} MWh"
     )
     print(
         f"best    {format_count(params)} parameters on {format_count(tokens)} tokens for as many FLOPs; here it is "
         f"{ratio:.3g} tokens a parameter"
     )
+
+
+def _number(value: float) -> str:
+    """Three digits of a small one, all of a large one."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _described(found: "Estimate") -> str:
@@ -154,7 +160,7 @@ def _rivals(made: "Plan") -> "Table":
             _described(large),
             format_seconds(large.time.total),
             f"{size:.1f} GB",
-            f"over the {room:.1f} GB to fill",
+            f"more than {room:.1f} GB; what keeps less is slower",
         )
     return table
 
