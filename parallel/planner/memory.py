@@ -81,10 +81,10 @@ def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device
     at_once = under_way(arrangement, rank, micro_batches)
     moments = []
     for several, reduced in (
-        ((at_once, 0.0), (1.0, gradients)) if all_first(arrangement) else ((at_once, gradients),)
+        ((at_once, 0.0), (1.0, gradients)) if _all_first(arrangement) else ((at_once, gradients),)
     ):
         # a schedule that is done with all forwards first has losses of several micro-batches, too
-        waiting = (several - 1) * until_backward if all_first(arrangement) else 0.0
+        waiting = (several - 1) * until_backward if _all_first(arrangement) else 0.0
         before = replace(steady, gradients=reduced, gathered=gathered, activations=kept * several)
         moments += [
             replace(before, logits=in_loss + waiting),
@@ -103,7 +103,7 @@ def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device
     return max(moments, key=lambda memory: memory.total)
 
 
-def all_first(arrangement: Arrangement) -> bool:
+def _all_first(arrangement: Arrangement) -> bool:
     """Whether all forwards of a step come before its first backward."""
     return arrangement.layout.pp > 1 and arrangement.parallel.pp_schedule == "gpipe"
 
