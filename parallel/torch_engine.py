@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from parallel.apply import lay_out
 from parallel.context import Context
 from parallel.cut import holders, view
-from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
+from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.gradients import add_partial, global_norm, local, scale
 from parallel.loss_scale import LossScale
@@ -90,8 +90,7 @@ class TorchEngine(Engine):
         scale(gradients, (clip / self.loss_scale.scale).to(gradients[0].dtype))
         overflow = (~norm.isfinite()).float()
         self.loss_scale.update(overflow)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         # the fused optimizers read these two attributes on the device, as under torch.amp.GradScaler
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
