@@ -132,7 +132,9 @@ def _check(axis: Axes, parametrization: str) -> None:
             colour, last = f"C{number}", step == STEPS - 1
             values, strength = [size[name][step] for size in sizes], (step + 1) / STEPS
             axis.plot(WIDTHS, values, "o-", color=colour, alpha=strength, label=name if last else None)
-        print(f"{parametrization:10} {name:16} x{growth(sizes, name):6.2f} from width {WIDTHS[0]} to {WIDTHS[-1]}")
+        print(
+            f"{parametrization:10} {name:16} x{growth(sizes, name):6.2f} from width {WIDTHS[0]} to {WIDTHS[-1]}"
+        )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set(xlabel="d_model", ylabel="mean absolute coordinate")
@@ -146,7 +148,9 @@ def _sweep(axis: Axes, parametrization: str) -> None:
         best = min(range(len(SWEEP)), key=losses.__getitem__)
         axis.plot(SWEEP, losses, "o-", label=f"d_model {width}")
         axis.plot(SWEEP[best], losses[best], "k*", markersize=12, zorder=3)
-        print(f"{parametrization:10} d_model {width:4} best learning rate 2^{best - 11}, loss {losses[best]:.3f}")
+        print(
+            f"{parametrization:10} d_model {width:4} best learning rate 2^{best - 11}, loss {losses[best]:.3f}"
+        )
     axis.set_xscale("log", base=2)
     axis.set(xlabel="optimizer.lr", ylabel=f"loss after {SWEEP_STEPS} steps")
     axis.set_title(parametrization)
