@@ -29,11 +29,11 @@ from train.optimizer import make_optimizer
 
 VOCABULARY, SEQUENCES, LENGTH, HEADS = 64, 16, 32, 4
 PARAMETRIZATIONS = ("standard", "mup")
-WIDTHS = (32, 64, 128, 256, 512, 1024)
+WIDTHS = (32, 64, 128, 256, 512)
 """The first is the base, where both parametrizations are the same."""
 STEPS, RATE = 5, 2.0**-6
-SWEEP_WIDTHS, SWEEP_STEPS = (32, 64, 128, 256), 60
-SWEEP = tuple(2.0**power for power in range(-11, -2))
+SWEEP_WIDTHS, SWEEP_STEPS = (32, 64, 128, 256), 40
+SWEEP = tuple(2.0**power for power in range(-10, -2))
 """Learning rates."""
 
 Sizes = dict[str, list[float]]
@@ -149,7 +149,7 @@ def _sweep(axis: Axes, parametrization: str) -> None:
         axis.plot(SWEEP, losses, "o-", label=f"d_model {width}")
         axis.plot(SWEEP[best], losses[best], "k*", markersize=12, zorder=3)
         print(
-            f"{parametrization:10} d_model {width:4} best learning rate 2^{best - 11}, loss {losses[best]:.3f}"
+            f"{parametrization:10} d_model {width:4} best learning rate 2^{best - 10}, loss {losses[best]:.3f}"
         )
     axis.set_xscale("log", base=2)
     axis.set(xlabel="optimizer.lr", ylabel=f"loss after {SWEEP_STEPS} steps")

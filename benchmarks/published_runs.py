@@ -40,6 +40,7 @@ class Run(BaseModel):
     model: str
     seq_len: PositiveInt
     device: str
+    gpus: PositiveInt
     layout: dict[str, Any]
     micro_batch: PositiveInt
     global_batch: PositiveInt
@@ -53,6 +54,8 @@ class Run(BaseModel):
     def _check(self) -> Self:
         if (self.tokens_per_second is None) == (self.tflops is None):
             raise ValueError("give either tokens_per_second or tflops")
+        if self.arrangement.layout.world_size != self.gpus:
+            raise ValueError(f"layout {self.layout} is not of {self.gpus} GPUs")
         return self
 
     @cached_property
