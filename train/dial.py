@@ -37,8 +37,8 @@ def turned(values: Values, config: Config, dial: DialConfig, said: Values) -> Va
         )
     if base.mup is not None and "optimizer.lr" not in said:
         raise ConfigError(
-            f"{because} takes optimizer.lr from a law of the standard parametrization, but model.mup takes one that was "
-            f"found at model.d_model={base.mup.base_width}: set optimizer.lr to that along with the dial"
+            f"{because} takes optimizer.lr from a law of the standard parametrization, but model.mup takes one "
+            f"that was found at model.d_model={base.mup.base_width}: set optimizer.lr to that along with the dial"
         )
     shape = _shape(base, dial, because)
     model = resized(base, shape)
