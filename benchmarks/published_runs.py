@@ -142,7 +142,9 @@ def fit(published: Published) -> dict[str, float]:
         low, high = 0.05, 1.0
         while high - low > 1e-3:
             middle = (low + high) / 2
-            device = load_device(name).model_copy(update={"matmul_efficiency": middle})
+            # by another name, since what a device was asked is remembered by it
+            update = {"matmul_efficiency": middle, "name": f"{name} at {middle}"}
+            device = load_device(name).model_copy(update=update)
             too_fast = mean(log(1 + published.error(run, device)) for run in runs) > 0
             low, high = (low, middle) if too_fast else (middle, high)
         found[name] = round(high, 2)

@@ -24,8 +24,6 @@ class Device(BaseModel):
     """As it is called in print."""
     type: Literal["cpu", "cuda"] = "cuda"
     """What torch calls it; ROCm's devices are cuda to it, too."""
-    reported_as: str | None = None
-    """What is in the name by which the device reports itself, such as `H100`."""
     memory_gib: PositiveFloat
     """GiB that a process can use."""
     reserved_gib: float = Field(ge=0)
@@ -36,12 +34,16 @@ class Device(BaseModel):
     """Dense matrix products, TFLOP/s."""
     matmul_efficiency: float = Field(gt=0, le=1)
     """Share of the peak that large matrix products reach."""
+    half_rate_size: float = Field(ge=0)
+    """Rows or columns of a product on one device with which it reaches half of that."""
     attention_efficiency: float = Field(gt=0, le=1)
     """The same of attention's kernel, forward and backward together."""
     memory_gb_per_s: PositiveFloat
     """Of the device's memory, GB/s."""
     memory_efficiency: float = Field(gt=0, le=1)
     """Share of it that element-wise operators reach."""
+    launch_us: float = Field(ge=0)
+    """Microseconds that the host takes to start a kernel."""
     devices_per_node: PositiveInt
     """Connected by the fast link."""
     link_gb_per_s: PositiveFloat
@@ -55,7 +57,7 @@ class Device(BaseModel):
     network_latency_us: float = Field(ge=0)
     """The same between nodes."""
     watts: PositiveFloat
-    """Of a device at work."""
+    """Of a device at full power."""
     dollars_per_hour: float = Field(ge=0)
     """Rent of a device, on demand."""
 
