@@ -1,6 +1,6 @@
 """How large activations are by width after a few steps, and which learning rate is best: with and without mup.
 
-python -m benchmarks.coordinate_check [PICTURE.png]
+python -m benchmarks.coordinate_check docs/mup.png
 """
 
 import sys
@@ -114,14 +114,12 @@ def final_loss(config: ModelConfig, rate: float, steps: int) -> float:
     return mean(train(config, rate, steps)[1][-max(1, steps // 10) :])
 
 
-def main() -> None:
+def main(picture: Path) -> None:
     """Print and draw both."""
-    picture = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/pictures/mup.png")
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex="col", sharey="col")
     for (left, right), parametrization in zip(axes, PARAMETRIZATIONS, strict=True):
         _check(left, parametrization)
         _sweep(right, parametrization)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 
 
@@ -158,4 +156,4 @@ def _sweep(axis: Axes, parametrization: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
