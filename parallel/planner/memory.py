@@ -76,33 +76,42 @@ def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device
     at_work = 0 if arrangement.keeps_gathered else layer * a
     # gradients of one layer, and of the layer before what is being reduced
     reducing = layer * (a + master)
-    kept, working = _activations(run, arrangement, rank, micro_batches, device)
-    in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
+    kept, working = _activations(run, arrangement, rank, device)
+    in_loss, until_backward, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0, 0.0)
+    at_once = under_way(arrangement, rank, micro_batches)
+    moments = []
+    for several, reduced in (
+        ((at_once, 0.0), (1.0, gradients)) if all_first(arrangement) else ((at_once, gradients),)
+    ):
+        # a schedule that is done with all forwards first has losses of several micro-batches, too
+        waiting = (several - 1) * until_backward if all_first(arrangement) else 0.0
+        before = replace(steady, gradients=reduced, gathered=gathered, activations=kept * several)
+        moments += [
+            replace(before, logits=in_loss + waiting),
+            replace(
+                before,
+                gathered=gathered + at_work + reducing,
+                activations=kept * several + working,
+                logits=after_loss + waiting,
+            ),
+        ]
     all_reduced = master * (stored if reduces_each or micro_batches == 1 else computed)
-    moments = (
-        replace(steady, gradients=gradients, gathered=gathered, activations=kept, logits=in_loss),
-        replace(
-            steady,
-            gradients=gradients,
-            gathered=gathered + at_work + reducing,
-            activations=kept + working,
-            logits=after_loss,
-        ),
-        replace(
-            steady,
-            gradients=all_reduced,
-            gathered=root * (a + master if sharded else 2 * master)
-            + (layer * a if arrangement.keeps_gathered else 0),
-        ),
-        replace(steady, gradients=stored * master),
-    )
+    last_layer = layer * a if arrangement.keeps_gathered else 0
+    root_reducing = root * (a + master if sharded else 2 * master)
+    moments.append(replace(steady, gradients=all_reduced, gathered=root_reducing + last_layer))
+    moments.append(replace(steady, gradients=stored * master))
     return max(moments, key=lambda memory: memory.total)
 
 
+def all_first(arrangement: Arrangement) -> bool:
+    """Whether all forwards of a step come before its first backward."""
+    return arrangement.layout.pp > 1 and arrangement.parallel.pp_schedule == "gpipe"
+
+
 def _activations(
-    run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: int, device: DeviceType
+    run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType
 ) -> tuple[float, float]:
-    """What is kept of all micro-batches that are under way; what the backward of a layer takes beside."""
+    """What is kept of a micro-batch; what the backward of a layer takes beside."""
     kept, working = 0.0, 0.0
     for experts, count in ((False, rank.dense_layers), (True, rank.expert_layers)):
         if not count:
@@ -112,12 +121,11 @@ def _activations(
             kept += count * share * layer.of(recompute)
             again = layer.none - layer.of(recompute) if recompute != "none" else 0.0
             working = max(working, layer.working + max(0.0, again))
-    times = under_way(arrangement, rank, micro_batches)
-    return kept * times, working
+    return kept, working
 
 
-def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float]:
-    """What the loss takes while it is computed, and what of it is left for the backward."""
+def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float, float]:
+    """What the loss takes while it is computed, until its backward, and after that."""
     model, shape = run.model, Shape.of(run, arrangement)
     d, a = model.d_model, shape.itemsize
     hidden = shape.tokens * d * a
@@ -130,4 +138,8 @@ def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[
     # what a chunk adds to the head's gradient is made in slices; a CPU widens it before it adds
     piece = min(rows, VOCABULARY_SLICE) * d * (a + (WIDE if device == "cpu" else 0)) if narrow else 0
     cast = rows * d * a if narrow else 0
-    return norm + 2 * hidden + head + max(logits + piece, cast), norm + hidden + rows * d * a
+    return (
+        norm + 2 * hidden + head + max(logits + piece, cast),
+        norm + hidden + head,
+        norm + hidden + rows * d * a,
+    )
