@@ -82,7 +82,7 @@ def test_memory_before_a_start() -> None:
         (["7b", "precision=fp64", "--gpus", "8"], "precision=fp64"),
         (["7b", "parallel.tp=3", "--gpus", "9", "--layout", "given"], "use parallel.tp=2"),
         (["7b", "data.global_batch_size=12", "--gpus", "8", "--layout", "given"], "data.global_batch_size=8"),
-        (["llama3", "--gpus", "8", "--tokens", "1T"], "set model.vocab_size"),
+        (["tiny", "--gpus", "8", "--tokens", "1B"], "set model.vocab_size"),
         (["t5", "model.vocab_size=32000", "--gpus", "8", "--tokens", "1T"], "model.type=encoder_decoder"),
         (["7b", "parallel.engine=deepspeed", "--gpus", "8", "--layout", "given"], "parallel.engine=torch"),
     ],
