@@ -6,6 +6,7 @@ from torch import Tensor
 from parallel.batch import Batch
 from parallel.context import Context, at_work
 from parallel.fsdp import ShardedModel
+from parallel.passes import gradient_weight
 
 
 class Whole:
@@ -31,7 +32,7 @@ class Whole:
             self.model.set_requires_all_reduce(last)
             with at_work(self.context, micro_batch.targets.shape[1]) as part:
                 loss_sum = self.model.loss_sum(**micro_batch.inputs, targets=micro_batch.targets, **part)
-                (loss_sum * weight).backward()
+                (loss_sum * gradient_weight(loss_sum, weight)).backward()
             total += loss_sum.detach()
         return total
 

@@ -16,6 +16,7 @@ from train import checkpoint_folder, run_folder
 from train.config_file import load_config
 from train.errors import ConfigError
 from train.resolve import resolve
+from train.run_folder import RunFolder
 from train.stop import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
@@ -46,7 +47,7 @@ def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None
     plan = resolve(loaded)
     folder = run_folder.folder_of(plan.config)
     run_folder.check_same_run(folder, plan)
-    if plan.total_steps is not None and checkpoint_folder.newest_step(folder.checkpoints) >= plan.total_steps:
+    if plan.total_steps is not None and _reached(folder, plan.total_steps):
         print(f"{folder.path} is already done ({plan.total_steps} steps): raise run.steps to go on with it")
         return None
     if plan.config.data.on_bad_shard == "fail":
@@ -61,6 +62,15 @@ def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None
     folder.stopped.unlink(missing_ok=True)
     code = _run_torchrun(processes, max_restarts, ["-m", "train", config, *overrides])
     sys.exit(EXIT_STOPPED if code == 0 and folder.stopped.exists() else code)
+
+
+def _reached(folder: RunFolder, step: int) -> bool:
+    """Whether the newest checkpoint is of this step or a later one, and good; where it isn't, training says so."""
+    newest = checkpoint_folder.complete(folder.checkpoints)[-1:]
+    return any(
+        checkpoint_folder.step_of(path) >= step and checkpoint_folder.find_damage(path) is None
+        for path in newest
+    )
 
 
 def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from train.agree import on_first_rank
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
 from train.faults.health import Health
+from train.faults.memory import out_of_memory
 from train.faults.record import FaultRecord
 from train.faults.replicas import differing_ranks
 from train.faults.watchdog import Watchdog
@@ -47,6 +48,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     Raises:
         Stopped: asked to stop before the end, and saved.
         GaveUp: something is wrong with the run.
+        OutOfMemory: this rank's device has no memory left.
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
@@ -90,6 +92,8 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     )
     try:
         return trainer.train(listen())
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, config, plan.layout, device, trainer.step) from None
     finally:
         watchdog.close()
         monitor.close()

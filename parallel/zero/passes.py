@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.model import Model
 from parallel.batch import Batch
 from parallel.context import Context, at_work
+from parallel.passes import gradient_weight
 from parallel.zero.groups import ExpertLayer
 
 
@@ -41,7 +42,8 @@ class ZeroPasses:
             self.library.set_gradient_accumulation_boundary(number == len(micro_batches))
             with at_work(self.context, micro_batch.targets.shape[1]) as part:
                 loss_sum = self.library(**micro_batch.inputs, targets=micro_batch.targets, **part)
-                self.library.backward(loss_sum * weight, scale_wrt_gas=False)
+                weighted = loss_sum * gradient_weight(loss_sum, weight)
+                self.library.backward(weighted, scale_wrt_gas=False)
             total += loss_sum.detach()
         return total
 

@@ -14,6 +14,7 @@ from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
 from train import checkpoint_folder
 from train.errors import RunError
+from train.launch import launch
 from train.run_folder import RunFolder, read_metrics
 
 
@@ -78,6 +79,34 @@ def test_goes_back_to_the_newest_undamaged_checkpoint(
         f"step-00000006 is damaged ({damaged.name} is not what was written): going back to the one before",
     ]
     assert losses(tmp_path / "flipped") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(
+    pools: dict[int, WorkerPool],
+    tiny_config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = [f"run.dir={tmp_path}", "run.steps=4", "checkpoint.every_steps=2", "parallel.dp_shard=2"]
+    pools[2].run(train_here, tiny_config, overrides)
+    whole = losses(tmp_path / "run")
+    last = RunFolder(tmp_path / "run").checkpoints / "step-00000004"
+    next(last.glob("*.safetensors")).write_bytes(b"")
+
+    def torchrun(processes: int, restarts: int, command: list[str]) -> int:
+        return pools[processes].run(train_here, tiny_config, command[3:])[0] - 4
+
+    monkeypatch.setattr("train.launch._run_torchrun", torchrun)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        launch(tiny_config, overrides)
+    assert ended.value.code == 0
+    assert "already done" not in capsys.readouterr().out
+    assert checkpoint_folder.find_damage(last) is None
+    assert losses(tmp_path / "run") == whole
+    launch(tiny_config, overrides)
+    assert "already done" in capsys.readouterr().out
 
 
 def test_checkpoint_of_a_newer_format_stops_all_ranks(

@@ -1,0 +1,158 @@
+"""A run under a storm of faults ends with the weights it would have had.
+
+python -m benchmarks.chaos [--faults 50] [--seed 0] [--folder DIR]
+
+Trains a tiny model in two processes, once undisturbed and once under a seeded schedule of faults
+(`benchmarks.faults.schedule`), and gives the command again each time it ends, as a user or a cluster would. Compares
+the final weights and optimizer state, and every step's loss, gradient norm and order of the data, to the last bit.
+Ends with 1 where something differs, or a fault went otherwise than it should.
+
+Some steps' gradients aren't finite, in both runs, since such a step changes what the run computes. For the same reason
+spikes that are rolled back are left to `tests/train/test_faults.py`.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.faults.deal import Run
+from benchmarks.faults.plan import Plan
+from benchmarks.faults.schedule import Fault, draw
+from benchmarks.faults.storm import Outcome, Storm
+from data.prepare import prepare
+from train.checkpoint_folder import complete
+from train.run_folder import RunFolder, read_metrics
+
+RANKS = 2
+SPACING = 6
+"""Steps from a fault to the next, on the average."""
+NAN_EVERY = 37
+"""Of so many steps, one has no finite gradient."""
+_CLUSTER_SECONDS = 54 * 24 * 3600 / 466
+"""From an interruption to the next: 466 in 54 days (Dubey et al. 2024, The Llama 3 Herd of Models, 3.3.4)."""
+_COMPARED = ("step", "loss", "grad_norm", "skipped_steps", "data_order_digest")
+
+
+def main(count: int, seed: int, folder: Path) -> int:
+    """Print the report. Returns how many things were wrong."""
+    config = write_config(folder, steps=(count + 2) * SPACING)
+    trained(folder, config, "calm", [])
+    began = time.monotonic()
+    outcomes = trained(folder, config, "storm", draw(count, seed, RANKS, SPACING), say=print)
+    seconds = time.monotonic() - began
+    wrong = [f"{outcome.fault}: {outcome.wrong}" for outcome in outcomes if outcome.wrong]
+    wrong += differences(RunFolder(folder / "calm"), RunFolder(folder / "storm"))
+    rows = read_metrics(RunFolder(folder / "storm"))
+    print("\n".join(report(outcomes, seconds, sum(row["step_seconds"] for row in rows))))
+    print("\n".join(wrong) or f"weights, optimizer and all {len(rows)} steps: equal to the last bit")
+    return len(wrong)
+
+
+def write_config(folder: Path, steps: int) -> Path:
+    """A configuration of a tiny model on data of its own."""
+    source = folder / "source"
+    source.mkdir()
+    for number in range(40):
+        lines = [f"{number} oars in {line * number % 97} rows pull in step" for line in range(60)]
+        (source / f"{number:02}.txt").write_text("\n".join(lines))
+    options = {"vocab_size": 300, "seq_len": 32, "validation_fraction": 0.1, "workers": 1}
+    prepare([str(source)], folder / "data", **options)  # type: ignore[arg-type]
+    tree = {
+        "run": {"dir": str(folder), "steps": steps},
+        "model": {
+            "d_model": 32,
+            "num_layers": 2,
+            "max_seq_len": 32,
+            "vocab_size_multiple": 8,
+            "dropout": 0.1,
+            "attention": {"num_heads": 4, "num_kv_heads": 2},
+            "ffn": {"d_ff": 64},
+        },
+        "data": {
+            "path": str(folder / "data"),
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "num_workers": 0,
+        },
+        "parallel": {"dp_replicate": RANKS},
+        "checkpoint": {"every_steps": 4, "keep": 3},
+        "faults": {"hang_timeout": "30s", "compare_every_steps": 1},
+        "monitor": {"tensorboard": False},
+    }
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    return config
+
+
+def trained(
+    folder: Path, config: Path, name: str, faults: list[Fault], say: Callable[[str], None] = lambda line: None
+) -> list[Outcome]:
+    """Train a run to its end under faults. Returns what became of them."""
+    plan = Plan(folder / f"{name}-plan")
+    plan.write(faults, NAN_EVERY)
+    run = Run(RunFolder(folder / name), folder / "data", plan, config, len(faults), folder / f"{name}.log")
+    return Storm(run, faults, say).pass_over()
+
+
+def differences(calm: RunFolder, storm: RunFolder) -> list[str]:
+    """In what two runs differ."""
+    found = []
+    for mine, other in zip(read_metrics(calm), read_metrics(storm), strict=True):
+        found += [
+            f"step {mine['step']}: {key} {other[key]}, undisturbed {mine[key]}"
+            for key in _COMPARED
+            if repr(mine[key]) != repr(other[key])  # NaN equals itself
+        ]
+    theirs = dict(_tensors(storm))
+    for name, tensor in _tensors(calm):
+        if not torch.equal(tensor, theirs.pop(name)):
+            found.append(f"{name} differs")
+    return found + [f"{name} is in one alone" for name in theirs]
+
+
+def _tensors(folder: RunFolder) -> Iterator[tuple[str, Tensor]]:
+    """Those of the last checkpoint, by file and name."""
+    for file in complete(folder.checkpoints)[-1].rglob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            yield f"{file.name}/{name}", tensor
+
+
+def report(outcomes: list[Outcome], seconds: float, useful: float) -> list[str]:
+    """The lines of it; useful: the seconds of the steps that count."""
+    lost: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        assert outcome.lost_seconds is not None
+        lost.setdefault(outcome.fault.kind, []).append(outcome.lost_seconds)
+    lines = ["", f"{'fault':<45} times  seconds until made up for"]
+    lines += [
+        f"{kind:<45} {len(took):5}  {statistics.median(took):6.1f}" for kind, took in sorted(lost.items())
+    ]
+    each = (seconds - useful) / max(1, len(outcomes))
+    return [
+        *lines,
+        f"{len(outcomes)} faults in {seconds:.0f} s, of which {useful:.0f} s ({useful / seconds:.1%}) were useful; "
+        f"{each:.1f} s lost by each",
+        f"with a fault every {_CLUSTER_SECONDS / 3600:.1f} h, {1 - each / _CLUSTER_SECONDS:.2%} would be",
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A run under faults, compared with an undisturbed one.")
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="a new one, where runs and logs stay")
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True)
+        sys.exit(main(arguments.faults, arguments.seed, arguments.folder) > 0)
+    with tempfile.TemporaryDirectory(prefix="trireme-chaos-") as name:
+        sys.exit(main(arguments.faults, arguments.seed, Path(name)) > 0)
