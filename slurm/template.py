@@ -144,7 +144,7 @@ def _exports(config: SlurmConfig) -> Iterator[str]:
         "PYTHONUNBUFFERED": "1",
         # torchrun tells workers to end only if another failed, and then there is nothing to wait for
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
-        # a store for each round: agents count restarts apart, and in a shared one their workers would never meet
+        # a store for each start: agents count restarts apart, and a shared one has the addresses of the dead
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if config.interface is not None:
