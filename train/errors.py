@@ -10,6 +10,9 @@ from parallel.errors import LayoutError
 from slurm.errors import SlurmError
 
 EXIT_USER_ERROR = 2
+REFUSED_FILE = "TRIREME_REFUSED_FILE"
+"""In the environment of ranks: a file that they make where a user's error ends them before training begins. torchrun
+would start them again, and passes no exit code on."""
 
 
 class ConfigError(Exception):

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -14,7 +16,7 @@ from data.shards import check
 from data.shared_memory import clean_stale_shared_memory
 from train import checkpoint_folder, run_folder
 from train.config_file import load_config
-from train.errors import ConfigError
+from train.errors import EXIT_USER_ERROR, REFUSED_FILE, ConfigError
 from train.resolve import resolve
 from train.run_folder import RunFolder
 from train.stop import (
@@ -74,9 +76,9 @@ def _reached(folder: RunFolder, step: int) -> bool:
 
 
 def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> int:
-    """Run the command as a group of processes, pass signals on to them, and wait. Returns torchrun's exit code.
+    """Run the command as a group of processes, pass signals on to them, and wait. Returns the exit code.
 
-    torchrun itself ignores them: it would end the workers before they have saved.
+    torchrun itself ignores signals: it would end the workers before they have saved.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -88,15 +90,26 @@ def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> 
     options.append("--signals-to-handle=SIGQUIT")
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     sys.stdout.flush()
-    agent = subprocess.Popen(torchrun, preexec_fn=_keep_at_it)
+    with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
+        refused = Path(folder) / "refused"
+        environment = os.environ | {REFUSED_FILE: str(refused)}
+        return _watch(subprocess.Popen(torchrun, preexec_fn=_keep_at_it, env=environment), refused)
+
+
+def _watch(agent: "subprocess.Popen[bytes]", refused: Path) -> int:
+    """Wait for torchrun, pass signals on, and end it where its workers refuse to train, as they would each time."""
     asked: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return agent.wait(_AGAIN_SECONDS)
-        if asked.count(signal.SIGINT) > 1:
+            code = agent.wait(_AGAIN_SECONDS)
+            return EXIT_USER_ERROR if refused.exists() else code
+        if refused.exists():
             agent.kill()  # and its workers with it
+            return EXIT_USER_ERROR
+        if asked.count(signal.SIGINT) > 1:
+            agent.kill()
             return EXIT_INTERRUPTED
         if asked:  # again and again: workers that have just been started miss it
             _ask_to_stop(agent.pid)
