@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from train.faults.health import Health
 from train.faults.memory import out_of_memory
 from train.faults.record import FaultRecord
 from train.faults.replicas import differing_ranks
+from train.faults.stragglers import slow_ranks
 from train.faults.watchdog import Watchdog
 from train.monitor import Monitor, Newest, make_monitor
 from train.optimizer import make_optimizer
@@ -201,6 +203,7 @@ def _make_hooks(
         record=record.write,
         roll_back=roll_back,
         differing_ranks=lambda: differing_ranks(engine),
+        slow_ranks=partial(slow_ranks, engine.device),
         check=saver.check,
         step_ended=watchdog.beat,
     )

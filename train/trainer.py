@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +61,8 @@ class Hooks:
     Returns where the checkpoint stands. None: there is none, and nothing was done."""
     differing_ranks: Callable[[], list[int]]
     """Those whose weights aren't what they should be; see `train.faults.replicas`."""
+    slow_ranks: Callable[[float, float], dict[int, str]]
+    """Those that hold the others up, and at what; see `train.faults.stragglers`."""
     step_ended: Callable[[int], None]
     """A step and all that comes after it is done."""
 
@@ -115,6 +119,8 @@ class Trainer:
         self.utilization_per_rate = flops_per_token / peak_flops
         self.step = self._saved = self._compared = start
         self._pending: Pending | None = None
+        # of each step since ranks were compared: seconds of waiting for data, and in all
+        self._steps: deque[tuple[float, float]] = deque(maxlen=plan.config.faults.find_slow_every_steps or 0)
 
     def train(self, stop: Stop) -> int:
         """Run to the end. Returns the last step done, of which there is a checkpoint.
@@ -145,6 +151,8 @@ class Trainer:
             self.hooks.check()
             if self._due(self.config.faults.compare_every_steps):
                 self._pause(self._compare)
+            if self._due(self.config.faults.find_slow_every_steps):
+                self._pause(self._find_slow)
             if self._due(self.config.evaluation.every_steps) or self._is_last():
                 self._pause(lambda: self.tell(self.hooks.evaluate()))
             if self._due(self.config.evaluation.sample_every_steps):
@@ -166,6 +174,7 @@ class Trainer:
         """From here on the first step's time is counted, and the time without a checkpoint."""
         self._clock = time.perf_counter()
         self._saved_at = time.monotonic()
+        self._steps.clear()
 
     def train_step(self) -> None:
         """One optimizer step; the one before is told of once this one is under way."""
@@ -193,6 +202,7 @@ class Trainer:
             data_seconds,
         )
         self._clock = now
+        self._steps.append((data_seconds, self._pending.step_seconds))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -222,6 +232,16 @@ class Trainer:
                 f"may be wrong"
             )
         self._compared = self.step
+
+    def _find_slow(self) -> None:
+        """Name the ranks that hold the others up."""
+        assert self._pending is not None
+        slow = self.hooks.slow_ranks(*map(mean, zip(*self._steps, strict=True)))
+        self._steps.clear()
+        for line in slow.values():
+            log.warning("step %d: %s", self.step, line)
+        if slow:
+            self.hooks.record("slow ranks", self.step, self._pending.sample_ids, ranks=sorted(slow))
 
     def _pause(self, action: Callable[[], None]) -> None:
         """Do something between steps that doesn't count as training time."""
