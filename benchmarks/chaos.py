@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,19 +43,37 @@ _CLUSTER_SECONDS = 54 * 24 * 3600 / 466
 _COMPARED = ("step", "loss", "grad_norm", "skipped_steps", "data_order_digest")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A run under faults beside the undisturbed one."""
+
+    outcomes: list[Outcome]
+    seconds: float
+    """That the disturbed run took, with all its starts."""
+    useful: float
+    """Of them, those of the steps that count."""
+    wrong: list[str]
+    """What differs, and which faults went otherwise than they should."""
+
+
 def main(count: int, seed: int, folder: Path) -> int:
     """Print the report. Returns how many things were wrong."""
-    config = write_config(folder, steps=(count + 2) * SPACING)
+    found = compare(folder, draw(count, seed, RANKS, SPACING), say=print)
+    print("\n".join([*report(found), *found.wrong]))
+    return len(found.wrong)
+
+
+def compare(folder: Path, faults: list[Fault], say: Callable[[str], None]) -> Comparison:
+    """Train with and without faults in a folder."""
+    config = write_config(folder, steps=(len(faults) + 2) * SPACING)
     trained(folder, config, "calm", [])
     began = time.monotonic()
-    outcomes = trained(folder, config, "storm", draw(count, seed, RANKS, SPACING), say=print)
+    outcomes = trained(folder, config, "storm", faults, say)
     seconds = time.monotonic() - began
+    calm, storm = (RunFolder(folder / name) for name in ("calm", "storm"))
     wrong = [f"{outcome.fault}: {outcome.wrong}" for outcome in outcomes if outcome.wrong]
-    wrong += differences(RunFolder(folder / "calm"), RunFolder(folder / "storm"))
-    rows = read_metrics(RunFolder(folder / "storm"))
-    print("\n".join(report(outcomes, seconds, sum(row["step_seconds"] for row in rows))))
-    print("\n".join(wrong) or f"weights, optimizer and all {len(rows)} steps: equal to the last bit")
-    return len(wrong)
+    useful = sum(row["step_seconds"] for row in read_metrics(storm))
+    return Comparison(outcomes, seconds, useful, wrong + differences(calm, storm))
 
 
 def write_config(folder: Path, steps: int) -> Path:
@@ -126,22 +145,24 @@ def _tensors(folder: RunFolder) -> Iterator[tuple[str, Tensor]]:
             yield f"{file.name}/{name}", tensor
 
 
-def report(outcomes: list[Outcome], seconds: float, useful: float) -> list[str]:
-    """The lines of it; useful: the seconds of the steps that count."""
+def report(found: Comparison) -> list[str]:
+    """The lines of it."""
     lost: dict[str, list[float]] = {}
-    for outcome in outcomes:
+    for outcome in found.outcomes:
         assert outcome.lost_seconds is not None
         lost.setdefault(outcome.fault.kind, []).append(outcome.lost_seconds)
     lines = ["", f"{'fault':<45} times  seconds until made up for"]
     lines += [
         f"{kind:<45} {len(took):5}  {statistics.median(took):6.1f}" for kind, took in sorted(lost.items())
     ]
-    each = (seconds - useful) / max(1, len(outcomes))
+    each = (found.seconds - found.useful) / max(1, len(found.outcomes))
+    same = "differ from" if found.wrong else "are to the last bit"
     return [
         *lines,
-        f"{len(outcomes)} faults in {seconds:.0f} s, of which {useful:.0f} s ({useful / seconds:.1%}) were useful; "
-        f"{each:.1f} s lost by each",
+        f"{len(found.outcomes)} faults in {found.seconds:.0f} s, of which {found.useful:.0f} s "
+        f"({found.useful / found.seconds:.1%}) were useful; {each:.1f} s lost by each",
         f"with a fault every {_CLUSTER_SECONDS / 3600:.1f} h, {1 - each / _CLUSTER_SECONDS:.2%} would be",
+        f"weights, optimizer state, losses, gradient norms and data {same} the undisturbed run's",
     ]
 
 

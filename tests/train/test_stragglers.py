@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +31,7 @@ def train_with_a_slow_rank(what: str, config: str, overrides: list[str]) -> list
         time.sleep(0.1)
         work()
 
-    planted = {
+    planted: dict[str, AbstractContextManager[Any]] = {
         "data": patch.object(TrainingStream, "__next__", late),
         "processor": patch.object(stragglers, "_processor_work", slow),
     }
