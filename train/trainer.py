@@ -119,6 +119,7 @@ class Trainer:
         self.utilization_per_rate = flops_per_token / peak_flops
         self.step = self._saved = self._compared = start
         self._pending: Pending | None = None
+        self._sample_ids = torch.empty(0, dtype=torch.int64)  # of the newest batch
         # of each step since ranks were compared: seconds of waiting for data, and in all
         self._steps: deque[tuple[float, float]] = deque(maxlen=plan.config.faults.find_slow_every_steps or 0)
 
@@ -183,6 +184,7 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.stream)
         data_seconds = time.perf_counter() - began
+        self._sample_ids = batch.sample_ids
         order = self.order.add(self.step, batch.sample_ids)
         loss = self.engine.forward_backward(batch, self.step)
         grad_norm = self.engine.step(lr)
@@ -211,6 +213,8 @@ class Trainer:
         return self.config.evaluation.every_steps is not None and self.step == self.plan.total_steps
 
     def _save(self) -> None:
+        if self.config.faults.compare_every_steps is not None and self._compared != self.step:
+            self._compare()
         self.tell()
         self.hooks.save(self.step, self.order.value)
         self._saved, self._saved_at = self.step, time.monotonic()
@@ -223,25 +227,23 @@ class Trainer:
         """Have no rank go on with other weights than those that hold the same ones."""
         ranks = self.hooks.differing_ranks()
         if ranks:
-            assert self._pending is not None
-            self.hooks.record("differing ranks", self.step, self._pending.sample_ids, ranks=ranks)
+            self.hooks.record("differing ranks", self.step, self._sample_ids, ranks=ranks)
             who = ", ".join(map(str, ranks))
             raise GaveUp(
                 f"gave up at step {self.step}: the weights of rank {who} are not those of the ranks that hold the "
-                f"same, as they were after step {self._compared}: leave its device out; checkpoints after that step "
-                f"may be wrong"
+                f"same, as they were after step {self._compared}: leave its device out and give the same command "
+                f"again; checkpoints are right, since ranks are compared before each"
             )
         self._compared = self.step
 
     def _find_slow(self) -> None:
         """Name the ranks that hold the others up."""
-        assert self._pending is not None
         slow = self.hooks.slow_ranks(*map(mean, zip(*self._steps, strict=True)))
         self._steps.clear()
         for line in slow.values():
             log.warning("step %d: %s", self.step, line)
         if slow:
-            self.hooks.record("slow ranks", self.step, self._pending.sample_ids, ranks=sorted(slow))
+            self.hooks.record("slow ranks", self.step, self._sample_ids, ranks=sorted(slow))
 
     def _pause(self, action: Callable[[], None]) -> None:
         """Do something between steps that doesn't count as training time."""
