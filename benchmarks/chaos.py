@@ -124,18 +124,23 @@ def trained(
 
 def differences(calm: RunFolder, storm: RunFolder) -> list[str]:
     """In what two runs differ."""
-    found = []
-    for mine, other in zip(read_metrics(calm), read_metrics(storm), strict=True):
+    ours, theirs = read_metrics(calm), read_metrics(storm)
+    found = (
+        [] if len(ours) == len(theirs) else [f"{len(theirs)} steps in the metrics, undisturbed {len(ours)}"]
+    )
+    for mine, other in zip(ours, theirs, strict=False):
         found += [
             f"step {mine['step']}: {key} {other[key]}, undisturbed {mine[key]}"
             for key in _COMPARED
             if repr(mine[key]) != repr(other[key])  # NaN equals itself
         ]
-    theirs = dict(_tensors(storm))
-    for name, tensor in _tensors(calm):
-        if not torch.equal(tensor, theirs.pop(name)):
-            found.append(f"{name} differs")
-    return found + [f"{name} is in one alone" for name in theirs]
+    tensors, others = dict(_tensors(calm)), dict(_tensors(storm))
+    found += [f"{name} is in one alone" for name in tensors.keys() ^ others.keys()]
+    return found + [
+        f"{name} differs"
+        for name in tensors.keys() & others.keys()
+        if not torch.equal(tensors[name], others[name])
+    ]
 
 
 def _tensors(folder: RunFolder) -> Iterator[tuple[str, Tensor]]:

@@ -66,7 +66,8 @@ class Storm:
             if code != kind.code:
                 outcome.wrong = f"the command ended with {code}, not with {kind.code}"
         plan.end(index)
-        self.say(f"{index + 1:3} step {reached.step:4}  {fault.kind} ({fault.point}, rank {fault.rank})")
+        told = f"{index + 1:3} step {reached.step:4}  {fault.kind} ({fault.point}, rank {fault.rank})"
+        self.say(f"{told}: {outcome.wrong}" if outcome.wrong else told)
         if kind.code is not None:
             self.run.start()
 
