@@ -36,7 +36,10 @@ def train_with_a_slow_rank(what: str, config: str, overrides: list[str]) -> list
         "processor": patch.object(stragglers, "_processor_work", slow),
     }
     # other processes are on these cores, too: what isn't planted counts only where it is enormous
-    thresholds = {"data": {"_SLOWER": 1e3, "_DATA_SHARE": 0.4}, "processor": {"_SLOWER": 20.0, "_DATA_SHARE": 1e3}}
+    thresholds = {
+        "data": {"_SLOWER": 1e3, "_DATA_SHARE": 0.4},
+        "processor": {"_SLOWER": 20.0, "_DATA_SHARE": 1e3},
+    }
     with (
         patch.multiple(stragglers, **thresholds[what]),
         planted[what] if dist.get_rank() == 1 else nullcontext(),
