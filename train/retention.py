@@ -1,10 +1,13 @@
 """Which checkpoints of a run stay."""
 
+import logging
 from math import isfinite
 from pathlib import Path
 
-from train.checkpoint_folder import complete, progress_if_readable, remove, step_of
+from train.checkpoint_folder import complete, latest, progress_if_readable, remove, step_of
 from train.config import CheckpointConfig
+
+log = logging.getLogger(__name__)
 
 FOR_EVER = "for ever"
 
@@ -26,6 +29,16 @@ def reasons_to_stay(folder: Path, rules: CheckpointConfig) -> dict[Path, list[st
 def prune(folder: Path, rules: CheckpointConfig) -> list[Path]:
     """Remove the checkpoints that nothing keeps. Returns what they were, oldest first."""
     gone = [path for path, reasons in reasons_to_stay(folder, rules).items() if not reasons]
+    for path in gone:
+        remove(path)
+    return gone
+
+
+def make_room(folder: Path, rules: CheckpointConfig) -> list[Path]:
+    """Remove now what the next checkpoint makes superfluous; never the newest that is whole. Returns what was removed."""
+    whole = latest(folder, log)
+    fewer = rules.model_copy(update={"keep": max(1, rules.keep - 1)})
+    gone = [path for path, why in reasons_to_stay(folder, fewer).items() if not why and path != whole]
     for path in gone:
         remove(path)
     return gone

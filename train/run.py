@@ -70,8 +70,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     )
     if engine.budgeted is not None:
         log.info("recomputation: %s", engine.budgeted)
-    if first:
-        drop_metrics_after(folder, start)
+    on_first_rank(lambda: drop_metrics_after(folder, start), f"{folder.metrics} can't be written")
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
     saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan))
     health = Health(config.faults, progress.faults)
@@ -197,6 +196,8 @@ def _make_hooks(
         record=record.write,
         roll_back=roll_back,
         differing_ranks=lambda: differing_ranks(engine),
+        missed_saves=lambda: saver.missed,
+        saved=saver.finish,
         check=saver.check,
         step_ended=watchdog.beat,
     )

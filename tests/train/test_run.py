@@ -86,9 +86,9 @@ def test_checkpoint_of_a_newer_format_stops_all_ranks(
     overrides = [f"run.dir={tmp_path}", "run.steps=2"]
     pools[2].run(train_here, tiny_config, overrides)
     manifest = RunFolder(tmp_path / "run").checkpoints / "step-00000002" / "manifest.json"
-    manifest.write_text('{"format": 2}')
+    manifest.write_text('{"format": 3}')
     errors = pools[2].run(refusal_to_train, tiny_config, [*overrides, "run.steps=3"])
-    assert all("checkpoint format 2, this version reads 1" in error for error in errors)
+    assert all("checkpoint format 3, this version reads 2" in error for error in errors)
 
 
 def refusal_to_train(config: str, overrides: list[str]) -> str:
