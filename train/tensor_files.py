@@ -3,8 +3,10 @@
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ _DTYPES = {
 """How the format calls them."""
 _CHUNK = 2**23
 """Bytes that are hashed while they are still in the processor's cache."""
+_UNWRITTEN = 2**26
+"""Bytes of a file that may wait in memory for the disk."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,25 @@ def write_tensors(path: Path, pieces: Sequence[Piece], read: Callable[[Piece], T
         OSError: the disk is full, or can't be written to.
     """
     ordered = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name))  # so that all are aligned
-    hashed, size = xxhash.xxh3_128(), 0
+    hashed, size, on_disk = xxhash.xxh3_128(), 0, 0
     with path.open("wb") as file:
         for chunk in _chunks(ordered, read):
             file.write(chunk)
             hashed.update(chunk)
             size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            if size - on_disk >= _UNWRITTEN:
+                _to_disk(file)
+                on_disk = size
+        _to_disk(file)
     return Written(path.name, size, hashed.hexdigest())
+
+
+def _to_disk(file: BufferedWriter) -> None:
+    """Bring what is written to the disk, and don't keep it in memory: finding pages for it takes longer than writing."""
+    file.flush()
+    os.fsync(file.fileno())
+    if sys.platform == "linux":
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _chunks(pieces: Sequence[Piece], read: Callable[[Piece], Tensor]) -> Iterator[bytes | memoryview]:
