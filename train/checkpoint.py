@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -22,6 +20,7 @@ from train.commit import begin, commit, give_up, place
 from train.config import CheckpointConfig
 from train.errors import NoSpace, RunError, of_disk
 from train.retention import make_room, prune
+from train.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -79,22 +78,13 @@ def _write(
         raise failure from None
 
 
-def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The whole shape and the dtype of each tensor of a checkpoint, by name."""
-    stored = {}
-    for name, fact in HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items():
-        assert isinstance(fact, TensorStorageMetadata)
-        stored[name] = tuple(fact.size), fact.properties.dtype
-    return stored
-
-
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place, at whatever layout they are. Several processes call it together.
 
     Raises:
         RunError: a name is missing, or its shape or dtype differs.
     """
-    stored = stored_tensors(path)
+    stored = Stored(path).facts
     for name, tensor in tensors.items():
         if name not in stored:
             raise RunError(f"{path}: has no tensor {name!r}: it was saved from another model")

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from data.dataset import write_dataset
+from data.dataset import open_dataset, write_dataset
+from train.checkpoint_folder import complete, step_of
 from train.config import Config
 from train.config_file import load_config
 from train.errors import RunError
@@ -81,7 +82,8 @@ def check_same_run(folder: RunFolder, plan: Plan) -> None:
         return
     began = _comparable(load_config(str(folder.config)).config)
     now = _comparable(plan.config)
-    trained = folder.dataset.is_file()  # an imported run has weights, of which only the model is settled
+    # of weights that were imported or averaged only the model is settled
+    trained = folder.dataset.is_file() and {step_of(path) for path in complete(folder.checkpoints)} != {0}
     for key in DECIDES_THE_WEIGHTS if trained else ("model",):
         for name, before, after in _differences(key, _at(began, key), _at(now, key)):
             raise RunError(
@@ -139,6 +141,27 @@ def create(folder: RunFolder, plan: Plan) -> None:
         raise RunError(
             f"{folder.path} can't be written: {error.strerror}: set run.dir to a folder that can"
         ) from None
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder that must not be there yet.
+
+    Raises:
+        RunError: it is, or can't be made.
+    """
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(f"{out} exists: choose another --out, or delete it first") from None
+    except OSError as error:
+        raise RunError(f"{out} can't be made: {error.strerror}") from None
+
+
+def vocabulary_files(folder: RunFolder) -> list[Path]:
+    """Those that make sense of a run's tokens."""
+    if not folder.dataset.is_file():  # an imported run
+        return [folder.tokenizer] if folder.tokenizer.is_file() else []
+    return [folder.dataset, *(folder.path / name for name in open_dataset(folder.path).files)]
 
 
 def to_yaml(config: Config) -> str:
