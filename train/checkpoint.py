@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def save(
     rules: CheckpointConfig,
     origin: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
+    spare: Callable[[], Path | None] = lambda: None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove those that no rule keeps.
 
@@ -40,6 +41,7 @@ def save(
 
     origin: what else the manifest says, such as the layout.
     group: of all ranks, through which they agree; left out, the default one.
+    spare: which of the old ones must not go yet; asked on rank 0.
 
     Raises:
         NoSpace: the disk is full all the same.
@@ -54,7 +56,9 @@ def save(
             raise
         log.warning("%s; removed to make room: %s", error, ", ".join(path.name for path in gone))
         _write(final, tensors, progress, origin, group)
-    on_first_rank(lambda: prune(folder, rules), f"{folder}: an old checkpoint can't be removed", group)
+    on_first_rank(
+        lambda: prune(folder, rules, spare()), f"{folder}: an old checkpoint can't be removed", group
+    )
     return final
 
 
@@ -105,7 +109,9 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _told(error: CheckpointException, what: str) -> RunError:
     """What went wrong on the ranks; that there is no room only if it is that on all of them."""
     told = [
-        of_disk(what, cause) if isinstance(cause, OSError) else RunError(f"{what}: {type(cause).__name__}: {cause}")
+        of_disk(what, cause)
+        if isinstance(cause, OSError)
+        else RunError(f"{what}: {type(cause).__name__}: {cause}")
         for cause, _ in error.failures.values()
     ]
     return min(told, key=lambda each: isinstance(each, NoSpace))

@@ -80,9 +80,7 @@ class SafetensorsWriter(StorageWriter):
 def _piece(item: WriteItem) -> Piece:
     data = item.tensor_data
     assert data is not None, f"{item.index.fqn} is no tensor"
-    return Piece(
-        item.index.fqn, data.properties.dtype, tuple(data.chunk.sizes), tuple(data.chunk.offsets)
-    )
+    return Piece(item.index.fqn, data.properties.dtype, tuple(data.chunk.sizes), tuple(data.chunk.offsets))
 
 
 def _shared_out(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -37,9 +37,7 @@ def _aside(final: Path) -> Path:
     return final.with_suffix(UNFINISHED)
 
 
-def commit(
-    final: Path, written: Sequence[Written], progress: Progress, origin: Mapping[str, Any]
-) -> None:
+def commit(final: Path, written: Sequence[Written], progress: Progress, origin: Mapping[str, Any]) -> None:
     """Let what was written aside be the checkpoint `final`; `origin` is what else its manifest says."""
     aside = _aside(final)
     libraries = ["trireme", "torch", *(["deepspeed"] if origin.get("engine") == "deepspeed" else [])]

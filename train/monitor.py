@@ -65,7 +65,9 @@ class Monitor:
                     raise
                 self.listeners.remove(listener)
                 what = type(listener).__name__
-                log.warning("%s: %s: nothing more is written there until the run is started again", what, error)
+                log.warning(
+                    "%s: %s: nothing more is written there until the run is started again", what, error
+                )
 
 
 def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
@@ -81,7 +83,7 @@ def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
 
 
 class JsonLines:
-    """metrics.jsonl: an object a step, readable while the run goes on. What a full disk doesn't take is written later."""
+    """metrics.jsonl: an object a step, readable while the run goes on. A full disk gets it once there is room."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("ab", buffering=0)

@@ -72,14 +72,17 @@ def open_run(path: str) -> tuple[RunFolder, Config]:
     return folder, load_config(str(folder.config)).config
 
 
-def check_same_run(folder: RunFolder, plan: Plan) -> None:
+def check_same_run(folder: RunFolder, plan: Plan, called: str | None = None) -> None:
     """Refuse to go on with a run that another configuration or other data began.
+
+    called: what the folder is a copy of.
 
     Raises:
         RunError: the first difference, and what to do.
     """
     if not folder.config.is_file():
         return
+    called = called or str(folder.path)
     began = _comparable(load_config(str(folder.config)).config)
     now = _comparable(plan.config)
     # of weights that were imported or averaged only the model is settled
@@ -87,12 +90,12 @@ def check_same_run(folder: RunFolder, plan: Plan) -> None:
     for key in DECIDES_THE_WEIGHTS if trained else ("model",):
         for name, before, after in _differences(key, _at(began, key), _at(now, key)):
             raise RunError(
-                f"{folder.path} was begun with {name}={before}, now it is {after}: "
+                f"{called} was begun with {name}={before}, now it is {after}: "
                 f"set it back, or begin another run with run.name=NAME"
             )
     if trained and (difference := _other_data(folder, plan)):
         raise RunError(
-            f"{folder.path} was begun on other data: {difference}: point data.path or data.sources at what it was, or "
+            f"{called} was begun on other data: {difference}: point data.path or data.sources at what it was, or "
             f"begin another run with run.name=NAME"
         )
 

@@ -1,6 +1,7 @@
 """Saves of a run: while the loop waits, or in the background, from a copy in the host's memory."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,11 @@ from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import CheckpointConfig
 from train.errors import NoSpace, RunError
+from train.mirror import Mirror
 
 log = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.1
 _GO_ON = "give the same command again: it goes on from the newest checkpoint"
 
 
@@ -27,10 +30,18 @@ class Saver:
 
     In the background there is one at a time, whose ranks talk in a group of their own: the loop's collectives go on
     meanwhile.
+
+    mirror: on rank 0, where what is saved is copied to.
     """
 
-    def __init__(self, folder: Path, rules: CheckpointConfig, origin: Mapping[str, Any]) -> None:
-        self.folder, self.rules, self.origin = folder, rules, origin
+    def __init__(
+        self,
+        folder: Path,
+        rules: CheckpointConfig,
+        origin: Mapping[str, Any],
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.folder, self.rules, self.origin, self._mirror = folder, rules, origin, mirror
         self.missed = 0
         """Saves in a row that found no room on the disk, up to the newest one that has come to its end."""
         self._missed: NoSpace | None = None
@@ -48,7 +59,7 @@ class Saver:
         Raises:
             RunError: it can't be written, or was missed too often in a row; in the background, the save before.
         """
-        arguments = (progress, self.rules, self.origin, self._group)
+        arguments = (progress, self.rules, self.origin, self._group, self._spare)
         if self._group is None:
             self._note(lambda: checkpoint.save(self.folder, tensors, *arguments))
             return
@@ -59,6 +70,8 @@ class Saver:
 
     def check(self) -> None:
         """Note how a save in the background went, if it has come to its end: on all ranks alike. Raises as `save`."""
+        if self._mirror is not None:
+            self._mirror.check()
         if self._writing is not None and any_rank(self._writing.done()):
             self.wait()
 
@@ -78,11 +91,21 @@ class Saver:
         if self._missed is not None:
             raise RunError(f"{self._missed} and {_GO_ON}")
 
+    def wait_for_mirror(self) -> None:
+        """Wait until all that was saved is copied, or couldn't be, which is said."""
+        while any_rank(self._mirror is not None and self._mirror.busy):
+            time.sleep(_POLL_SECONDS)
+
+    def _spare(self) -> Path | None:
+        return None if self._mirror is None else self._mirror.sending
+
     def _note(self, save: Callable[[], Path]) -> None:
         """Count misses, which all ranks have alike."""
         try:
             log.debug("saved %s", save())
             self.missed, self._missed = 0, None
+            if self._mirror is not None:
+                self._mirror.send()
         except NoSpace as error:
             self.missed, self._missed = self.missed + 1, error
             most = self.rules.max_missed_saves
@@ -102,5 +125,7 @@ class Saver:
         finally:
             self._thread.shutdown()
             self._stager.close()
+            if self._mirror is not None:
+                self._mirror.close()
             if self._group is not None:
                 dist.destroy_process_group(self._group)

@@ -30,8 +30,6 @@ class Stored:
         for file, offset in self._parts[name]:
             with safe_open(file, framework="pt") as opened:
                 part = opened.get_tensor(name)
-            slices = tuple(
-                slice(begin, begin + size) for begin, size in zip(offset, part.shape, strict=True)
-            )
+            slices = tuple(slice(begin, begin + size) for begin, size in zip(offset, part.shape, strict=True))
             whole[slices] = part
         return whole

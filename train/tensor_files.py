@@ -83,7 +83,7 @@ def write_tensors(path: Path, pieces: Sequence[Piece], read: Callable[[Piece], T
 
 
 def _to_disk(file: BufferedWriter) -> None:
-    """Bring what is written to the disk, and don't keep it in memory: finding pages for it takes longer than writing."""
+    """Bring what is written to the disk, and don't keep it: finding memory for it can take longer than writing."""
     file.flush()
     os.fsync(file.fileno())
     if sys.platform == "linux":
@@ -96,7 +96,7 @@ def _chunks(pieces: Sequence[Piece], read: Callable[[Piece], Tensor]) -> Iterato
         tensor = read(piece)
         assert (tuple(tensor.shape), tensor.dtype) == (piece.shape, piece.dtype)
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        content = memoryview(values.numpy())
+        content = values.numpy().data
         for begin in range(0, len(content), _CHUNK):
             yield content[begin : begin + _CHUNK]
 

@@ -1,6 +1,7 @@
 """`trireme checkpoint average`: the mean of weights, as a run that the other commands take."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "steps"), [([], [1, 2, 3, 4, 5]), (["--last", "3"], [3, 4, 5]), (["--steps", "4,2"], [2, 4])]
+    ("arguments", "steps"),
+    [([], [1, 2, 3, 4, 5]), (["--last", "3"], [3, 4, 5]), (["--steps", "4,2"], [2, 4])],
 )
 def test_is_the_mean(
     run: Path, tmp_path: Path, arguments: list[str], steps: list[int], capsys: pytest.CaptureFixture[str]
@@ -101,11 +103,13 @@ def run_of(folder: Path, source: Path, *weights: dict[str, torch.Tensor]) -> str
     for step, tensors in enumerate(weights, start=1):
         final = place(RunFolder(folder).checkpoints, step)
         pieces = [Piece(name, t.dtype, tuple(t.shape), (0,) * t.dim()) for name, t in tensors.items()]
-        file = begin(final) / "weights.safetensors"
-        commit(
-            final, [write_tensors(file, pieces, lambda piece: tensors[piece.name])], Progress(step, 0, {}), {}
-        )
+        file, read = begin(final) / "weights.safetensors", partial(_of, tensors)
+        commit(final, [write_tensors(file, pieces, read)], Progress(step, 0, {}), {})
     return str(folder)
+
+
+def _of(tensors: dict[str, torch.Tensor], piece: Piece) -> torch.Tensor:
+    return tensors[piece.name]
 
 
 ONES: dict[str, Any] = {"model.a": torch.ones(2, 3)}
