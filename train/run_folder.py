@@ -1,6 +1,7 @@
 """A run's folder: what stands where in it, and whether it is this run's."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -73,13 +74,16 @@ def open_run(path: str) -> tuple[RunFolder, Config]:
 
 
 def check_same_run(folder: RunFolder, plan: Plan, called: str | None = None) -> None:
-    """Refuse to go on with a run that another configuration or other data began.
+    """Refuse a folder that can't be written, and to go on with a run that another configuration or other data began.
 
     called: what the folder is a copy of.
 
     Raises:
         RunError: the first difference, and what to do.
     """
+    there = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise RunError(f"{folder.path} can't be written: set run.dir to a folder that can")
     if not folder.config.is_file():
         return
     called = called or str(folder.path)

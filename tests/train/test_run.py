@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
 from train import checkpoint_folder
+from train.config_file import load_config
 from train.errors import RunError
-from train.run_folder import RunFolder, read_metrics
+from train.resolve import resolve
+from train.run_folder import RunFolder, check_same_run, folder_of, read_metrics
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -268,3 +271,13 @@ def test_compiled_run_equals_an_eager_one(
     assert compiled != eager, "compiled code rounds otherwise"
     for (_, loss, norm), (_, compiled_loss, compiled_norm) in zip(eager, compiled, strict=True):
         assert (compiled_loss, compiled_norm) == (pytest.approx(loss, 1e-5), pytest.approx(norm, 1e-4))
+
+
+def test_read_only_run_folder_is_refused(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = resolve(load_config(tiny_config, [f"run.dir={tmp_path}"]), world_size=1)
+    check_same_run(folder_of(plan.config), plan)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RunError, match="run can't be written: set run.dir to a folder that can"):
+        check_same_run(folder_of(plan.config), plan)
