@@ -13,6 +13,7 @@ from parallel.apply import lay_out
 from parallel.context import Context
 from parallel.cut import holders, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
+from parallel.fp8 import check_device
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.gradients import add_partial, clip, global_norm, local, skip_unless_finite
 from parallel.loss_scale import LossScale
@@ -32,6 +33,8 @@ class TorchEngine(Engine):
         Raises LayoutError where what is asked for can't be laid out so.
         """
         parallel, precision = config.parallel, config.precision
+        if precision == "fp8":
+            check_device(device)
         self.device = device
         self.seed = config.seed
         self.mesh = mesh
