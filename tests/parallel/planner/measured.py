@@ -1,0 +1,150 @@
+"""The peak of a rank's memory in real steps on this CPU, by tracking what its allocator hands out."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallel.config import CompileConfig
+from parallel.engine import EngineConfig
+from parallel.gradients import local
+from parallel.mesh import Mesh
+from parallel.planner.facts import Arrangement, RunFacts
+from parallel.simulate import simulated_rank
+from parallel.torch_engine import TorchEngine
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A rank's share of a global batch."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+    def micro_batches(self, size: int) -> Any:
+        """Successive cuts."""
+        for start in range(0, len(self.targets), size):
+            inputs = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
+            yield Sequences(inputs, self.targets[start : start + size])
+
+    def to(self, device: torch.device) -> "Sequences":
+        """It is there."""
+        return self
+
+
+def measured_peak(run: RunFacts, arrangement: Arrangement, rank: int = 0) -> int:
+    """Bytes at the peak of a rank's second step, its weights and optimizer among them.
+
+    The other ranks are not there: collectives allocate what they would, and move nothing.
+    """
+    with simulated_rank(rank, arrangement.layout.world_size):
+        return peak_here(run, arrangement)
+
+
+def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
+    """The same of this process, in a group of as many as the layout has."""
+    engine = _engine(run, arrangement)
+    sequences = run.global_batch_size // arrangement.layout.data_size
+    tokens = torch.zeros(sequences, run.seq_len, dtype=torch.int64)
+    batch = Sequences({"tokens": tokens}, tokens)
+
+    def step() -> None:
+        engine.forward_backward(batch, 0)
+        engine.step(0.0)
+
+    step()
+    held = _bytes_of(engine)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    return held + _peak(profiler)
+
+
+class _Counter(TorchDispatchMode):
+    """Bytes of collectives by kind, the larger of what goes in and what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = operator(*args, **(kwargs or {}))
+        kind = KINDS.get(operator.name().rpartition("::")[2].partition(".")[0])
+        if kind is not None:
+            tensors = [leaf for leaf in tree_leaves((args, output)) if isinstance(leaf, Tensor)]
+            self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
+        return output
+
+
+KINDS = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+}
+
+
+def _grouped(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+GROUPED = {torch.ops.trireme.grouped_linear: _grouped, torch.ops.trireme.grouped_outer: _grouped}
+
+
+def counted_step(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
+    """FLOPs of a rank's matrix products in a real step, and the bytes of its collectives by kind."""
+    with simulated_rank(0, arrangement.layout.world_size):
+        engine = _engine(run, arrangement)
+        tokens = torch.zeros(
+            run.global_batch_size // arrangement.layout.data_size, run.seq_len, dtype=torch.int64
+        )
+        with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
+            engine.forward_backward(Sequences({"tokens": tokens}, tokens), 0)
+            engine.step(0.0)
+    return flops.get_total_flops(), dict(counter.bytes)
+
+
+def _engine(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
+    config = EngineConfig(
+        run.model,
+        arrangement.parallel,
+        run.precision,
+        arrangement.activation_checkpoint,
+        CompileConfig(),
+        arrangement.micro_batch_size,
+        run.global_batch_size,
+        run.seq_len,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), fused=True)
+
+    return TorchEngine(config, Mesh(arrangement.layout, "cpu"), torch.device("cpu"), make_optimizer)
+
+
+def _bytes_of(engine: TorchEngine) -> int:
+    """Of weights and optimizer state, which were there before."""
+    state = [value for values in engine.optimizer.state.values() for value in values.values()]
+    return sum(local(t).untyped_storage().nbytes() for t in (*engine.parameters.values(), *state))
+
+
+def _peak(profiler: Any) -> int:
+    """The highest sum of what was allocated and freed in turn."""
+    held = highest = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
