@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 UNFINISHED = ".tmp"
 """How the name of a folder ends that is being written, or removed."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+"""Of a file directly in the folder."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -136,8 +138,8 @@ def _read_files(path: Path) -> dict[str, dict[str, Any]]:
     except _UNREADABLE as error:
         raise Damaged(f"{MANIFEST}: {type(error).__name__}: {error}") from None
     for name in files:
-        if name != Path(name).name:
-            raise Damaged(f"{name} leads out of the folder")
+        if not _FILE_NAME.fullmatch(name):
+            raise Damaged(f"{MANIFEST}: {name!r} is no name of a file")
     return files
 
 

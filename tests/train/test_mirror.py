@@ -147,12 +147,25 @@ def test_damaged_ones_are_passed_over_and_not_spread(
     assert "step-00000040 is damaged (a.safetensors is not what was written): not copied" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../outside", "..", "", "."])
+@pytest.mark.parametrize(
+    "name", ["../outside", "../../../outside", "../step-00000009", "..", "", ".", "/a", "a\0"]
+)
 def test_paths_in_a_mirror_stay_in_their_folder(
-    run: RunFolder, url: str, name: str, caplog: pytest.LogCaptureFixture
+    run: RunFolder, url: str, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A store that has a file for whatever it is asked for."""
     mirror = mirror_of(run, url)
     path = save(run, 10)
+    (path / "a.safetensors").rename(run.path / "a")
+    get = mirror._files.get_file
+
+    def gives(source: str, target: str) -> None:
+        if source.endswith(MANIFEST):
+            get(source, target)
+        elif not Path(target).is_dir():
+            shutil.copyfile(run.path / "a", target)
+
+    monkeypatch.setattr(mirror._files, "get_file", gives)
     manifest = json.loads((path / MANIFEST).read_text())
     del manifest["sha256"]
     manifest["files"][name] = manifest["files"]["a.safetensors"]
