@@ -51,6 +51,10 @@ class Hooks:
     """The validation loss."""
     sample: Callable[[int], None]
     """Generate a text and tell the monitor."""
+    missed_saves: Callable[[], int]
+    """Saves in a row that found no room."""
+    saved: Callable[[], None]
+    """After the last save: wait for it, and raise if it isn't there."""
     check: Callable[[], None]
     """After each step: raise what has gone wrong in the background."""
     record: Callable[..., None]
@@ -163,6 +167,7 @@ class Trainer:
             self.hooks.step_ended(self.step)
         if self._saved != self.step:
             self._pause(self._save)
+        self.hooks.saved()
 
     def _go_on_from(self, progress: Progress) -> None:
         log.warning("went back to step %d; the batches since then are left out", progress.step)
@@ -284,6 +289,7 @@ class Trainer:
             skipped_steps=self.health.skipped_steps,
             left_out_batches=self._pending.data["batches"] - self._pending.step,
             spike=spike,
+            missed_saves=self.hooks.missed_saves(),
             skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
 from train import checkpoint_folder
+from train.config_file import load_config
 from train.errors import RunError
 from train.launch import launch
-from train.run_folder import RunFolder, read_metrics
+from train.resolve import resolve
+from train.run_folder import RunFolder, check_same_run, folder_of, read_metrics
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -115,9 +118,9 @@ def test_checkpoint_of_a_newer_format_stops_all_ranks(
     overrides = [f"run.dir={tmp_path}", "run.steps=2"]
     pools[2].run(train_here, tiny_config, overrides)
     manifest = RunFolder(tmp_path / "run").checkpoints / "step-00000002" / "manifest.json"
-    manifest.write_text('{"format": 2}')
+    manifest.write_text('{"format": 3}')
     errors = pools[2].run(refusal_to_train, tiny_config, [*overrides, "run.steps=3"])
-    assert all("checkpoint format 2, this version reads 1" in error for error in errors)
+    assert all("checkpoint format 3, this version reads 2" in error for error in errors)
 
 
 def refusal_to_train(config: str, overrides: list[str]) -> str:
@@ -297,3 +300,13 @@ def test_compiled_run_equals_an_eager_one(
     assert compiled != eager, "compiled code rounds otherwise"
     for (_, loss, norm), (_, compiled_loss, compiled_norm) in zip(eager, compiled, strict=True):
         assert (compiled_loss, compiled_norm) == (pytest.approx(loss, 1e-5), pytest.approx(norm, 1e-4))
+
+
+def test_read_only_run_folder_is_refused(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = resolve(load_config(tiny_config, [f"run.dir={tmp_path}"]), world_size=1)
+    check_same_run(folder_of(plan.config), plan)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RunError, match="run can't be written: set run.dir to a folder that can"):
+        check_same_run(folder_of(plan.config), plan)
