@@ -68,7 +68,7 @@ def _round(savers: dict[str, Saver], state: dict[str, Tensor], folder: Path, ste
 def _write(file: Path, state: dict[str, Tensor]) -> None:
     with file.open("wb") as stream:
         for tensor in state.values():
-            stream.write(memoryview(tensor.numpy()).cast("B"))
+            stream.write(tensor.numpy().data.cast("B"))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -20,6 +20,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+from model.block import Block
 from model.build import build_model
 from model.config import ModelConfig
 from model.initialize import initialize
@@ -90,6 +91,7 @@ def train(config: ModelConfig, rate: float, steps: int, seed: int = 0) -> tuple[
 def _recording(model: Model, sizes: Sizes) -> Iterator[None]:
     """Outputs of the last block, of its attention and of its feed-forward layer."""
     block = model.blocks[-1]
+    assert isinstance(block, Block)
     modules = {"attention": block.attention, "feed-forward": block.feedforward, "residual stream": block}
 
     def record(name: str, output: Tensor) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.llama import make_llama
 from data.dataset import SplitInfo, TextInfo
-from data.stream import Batch
+from data.stream import Batch, TrainingStream
 from model.build import build_model
+from model.config import ModelConfig
 from model.initialize import initialize
 from parallel.layout import Layout
 from parallel.processes import process_group
@@ -31,7 +32,7 @@ from train.metrics import Metrics
 from train.monitor import Monitor
 from train.order_digest import OrderDigest
 from train.resolve import Plan
-from train.run import make_engine
+from train.run import engine_of
 from train.samples import Sample
 from train.trainer import Hooks, Trainer
 
@@ -78,7 +79,9 @@ def config_of(precision: str, compiled: bool) -> Config:
 def compare(precision: str, compiled: bool) -> tuple[str, str, str, str]:
     """One row: our tokens/s, its ratio to both others, and the largest relative difference of losses."""
     config = config_of(precision, compiled)
-    loops = [OurLoop(config), BareLoop(config, our_model(config)), BareLoop(config, make_llama(config.model))]
+    assert isinstance(config.model, ModelConfig)
+    theirs = BareLoop(config, make_llama(config.model))
+    loops: list[OurLoop | BareLoop] = [OurLoop(config), BareLoop(config, our_model(config)), theirs]
     seconds: list[list[float]] = [[], [], []]
     for number in range(WARM_UP + ROUNDS):
         for loop, taken in zip(loops, seconds, strict=True):
@@ -156,19 +159,20 @@ class OurLoop:
         self.listener = Losses()
         self.trainer = Trainer(
             plan,
-            make_engine(plan, torch.device("cpu")),
-            RandomStream(),
+            engine_of(plan, torch.device("cpu")),
+            cast(TrainingStream, RandomStream()),
             Monitor([self.listener]),
             Hooks(
                 save=lambda step, digest: None,
                 evaluate=lambda: 0.0,
                 sample=lambda step: None,
-                record=lambda: None,
+                record=lambda kind, step, sample_ids, **more: None,
                 missed_saves=lambda: 0,
                 saved=lambda: None,
                 check=lambda: None,
                 roll_back=lambda data: None,
                 differing_ranks=list,
+                slow_ranks=lambda data_seconds, step_seconds: {},
                 step_ended=lambda step: None,
             ),
             OrderDigest(lambda total: total, torch.device("cpu")),
@@ -194,7 +198,8 @@ class BareLoop:
     """What one writes by hand: forward, cross-entropy, backward, clip, AdamW; autocast for bf16."""
 
     def __init__(self, config: Config, model: nn.Module) -> None:
-        self.config, self.model = config, torch.compile(model) if config.compile.enabled else model
+        self.config, self.parameters = config, list(model.parameters())
+        self.model = torch.compile(model) if config.compile.enabled else model
         self.optimizer = _adamw(model, config.optimizer)
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
         self._losses: list[Tensor] = []
@@ -207,7 +212,7 @@ class BareLoop:
             logits = output if isinstance(output, Tensor) else output.logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._losses.append(loss.detach())
