@@ -1,0 +1,176 @@
+"""What a layer keeps of a micro-batch for its backward, tensor by tensor.
+
+`parallel.activation_memory` measures the same on a twin of the model, which takes seconds for each layout; this is for
+thousands of them. B batch, T sequence, D d_model, H heads, K kv heads, E head_dim, F d_ff, X experts.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.config import ModelConfig, known
+from parallel.activation_checkpoint import Recompute
+from parallel.config import ActivationCheckpointConfig
+from parallel.planner.facts import Arrangement, RunFacts
+
+DeviceType = Literal["cpu", "cuda"]
+WIDE = 4
+"""Bytes of what is computed in at least fp32."""
+LOGITS_CHUNK = 256, 1 << 22
+"""Tokens and elements, of which the loss makes the larger at once; see model.loss."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of one rank's work on one micro-batch."""
+
+    tokens: int
+    """In the regions of tensor parallelism, where each rank has some heads or features of all tokens: B x T / cp."""
+    own_tokens: int
+    """Between them."""
+    heads: float
+    kv_heads: float
+    """Of one rank."""
+    itemsize: int
+
+    @classmethod
+    def of(cls, run: RunFacts, arrangement: Arrangement) -> "Shape":
+        """Of an arrangement."""
+        layout, attention = arrangement.layout, run.model.attention
+        tokens = arrangement.micro_batch_size * run.seq_len // layout.cp
+        shared = arrangement.parallel.sequence_parallel
+        return cls(
+            tokens,
+            -(-tokens // layout.tp) if shared else tokens,
+            attention.num_heads / layout.tp,
+            max(1.0, known(attention.num_kv_heads) / layout.tp),
+            run.itemsize,
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a layer keeps of a micro-batch with each way of recomputing; and what its backward takes beside."""
+
+    none: float
+    selective: float
+    full: float
+    working: float
+    """At most at once of gradients on their way."""
+
+    def of(self, recompute: Recompute) -> float:
+        """Bytes with one way."""
+        return {"none": self.none, "selective": self.selective, "full": self.full}[recompute]
+
+
+def kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, *, experts: bool) -> Kept:
+    """What one layer keeps, its input among it, its output not."""
+    model, shape = run.model, Shape.of(run, arrangement)
+    d, a = model.d_model, shape.itemsize
+    own = shape.own_tokens * d * a
+    attention = _attention(model, arrangement, shape, device)
+    feedforward = _experts(model, shape) if experts else _feedforward(model, shape, known(model.ffn.d_ff))
+    steps = 1 if model.parallel_layers else 2
+    norms = steps * (2 if model.norm.placement == "sandwich" else 1)
+    norm_kept = norms * shape.own_tokens * norm_bytes(model, run.itemsize, device)
+    # the first norm's input is the layer's, counted below
+    inputs = (norms - 1) * own if _keeps_input(model, run.itemsize, device) else 0
+    dropout = _dropout(model, shape, device)
+    none = own + attention.none + feedforward.none + norm_kept + inputs + dropout
+    selective = own + attention.selective + feedforward.selective
+    working = max(attention.working, feedforward.working) + own
+    return Kept(none, selective, own, working)
+
+
+def recomputed_layers(config: ActivationCheckpointConfig) -> dict[Recompute, float]:
+    """The share of the layers that recompute so."""
+    mode = config.mode
+    assert mode != "auto"
+    if mode == "every_nth":
+        return {"full": 1 / config.n, "none": 1 - 1 / config.n}
+    return {mode: 1.0}
+
+
+def norm_bytes(model: ModelConfig, itemsize: int, device: DeviceType) -> float:
+    """Of one norm on one token, its input left out. CPUs have no fused RMS norm: what it is made of is kept."""
+    d = model.d_model
+    if model.norm.type == "layernorm":
+        return 2.0 * WIDE
+    scaled = d * itemsize if model.norm.type == "scalenorm" else 0
+    if device == "cuda":
+        return scaled + WIDE
+    return scaled + WIDE + (2 * WIDE * d if itemsize < WIDE else d * itemsize)
+
+
+def _keeps_input(model: ModelConfig, itemsize: int, device: DeviceType) -> bool:
+    return device == "cuda" or model.norm.type == "layernorm" or itemsize >= WIDE
+
+
+def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, device: DeviceType) -> Kept:
+    config, layout, a = model.attention, arrangement.layout, shape.itemsize
+    head = known(config.head_dim)
+    parts = 2 if config.variant == "complex" else 1
+    query = shape.tokens * shape.heads * head * parts * a
+    key = shape.tokens * shape.kv_heads * head * parts * a
+    value, mixed = key / parts, query / parts
+    # where ranks of cp are more than kv heads, these are repeated
+    repeated = max(1.0, layout.cp / shape.kv_heads)
+    together = query + (key + value) * repeated + mixed + shape.tokens * shape.heads * WIDE
+    inside = shape.tokens * model.d_model * a
+    own = shape.own_tokens * model.d_model * a
+    normed = 0.0
+    if config.qk_norm:
+        wide = 1.0 if device == "cuda" else (2 * WIDE / a if a < WIDE else 2.0)
+        normed = (query + key) * wide
+    exchanged = mixed if layout.cp > 1 else 0.0
+    products = query + key + value + mixed + shape.tokens * shape.heads * WIDE + inside
+    collectives = inside + own if layout.tp > 1 else 0.0
+    # under cp the exchanges of queries, keys, values and of what comes back are kept, too
+    collectives += together if layout.cp > 1 else 0.0
+    return Kept(
+        inside + together + normed + exchanged,
+        products + collectives,
+        0.0,
+        inside + 2 * (query + key + value),
+    )
+
+
+def _feedforward(model: ModelConfig, shape: Shape, d_ff: float, tp: float | None = None) -> Kept:
+    a = shape.itemsize
+    tp = model.attention.num_heads / shape.heads if tp is None else tp
+    inside, own = shape.tokens * model.d_model * a, shape.own_tokens * model.d_model * a
+    hidden = shape.tokens * d_ff / tp * a
+    gated = model.ffn.variant != "mlp"
+    collectives = inside + own if tp > 1 else 0.0
+    return Kept(
+        inside + (3 if gated else 2) * hidden,
+        (2 if gated else 1) * hidden + inside + collectives,
+        0.0,
+        inside + (3 if gated else 2) * hidden,
+    )
+
+
+def _experts(model: ModelConfig, shape: Shape) -> Kept:
+    """Tokens that a rank has go to experts that are whole, in even shares."""
+    moe, a = model.moe, shape.itemsize
+    assert moe is not None
+    rows = shape.own_tokens * moe.top_k
+    routed, hidden = rows * model.d_model * a, rows * known(moe.d_ff) * a
+    wide_input = shape.own_tokens * model.d_model * WIDE
+    logits = shape.own_tokens * moe.num_experts * WIDE
+    gated = model.ffn.variant != "mlp"
+    none = wide_input + 3 * logits + 40 * rows + 2 * routed + (3 if gated else 2) * hidden
+    selective = logits + (2 if gated else 1) * hidden + routed
+    working = 2 * routed + (3 if gated else 2) * hidden
+    if moe.num_shared_experts:
+        shared = _feedforward(model, shape, moe.num_shared_experts * known(moe.d_ff))
+        none, selective = none + shared.none, selective + shared.selective
+        working = max(working, shared.working)
+    return Kept(none, selective, 0.0, working)
+
+
+def _dropout(model: ModelConfig, shape: Shape, device: DeviceType) -> float:
+    """The masks."""
+    a = 1 if device == "cuda" else shape.itemsize
+    tp = model.attention.num_heads / shape.heads
+    hidden = shape.tokens * known(model.ffn.d_ff) / tp * a if model.ffn.dropout else 0.0
+    return hidden + (2 * shape.own_tokens * model.d_model * a if model.dropout else 0.0)

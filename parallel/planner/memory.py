@@ -1,0 +1,130 @@
+"""What a rank needs of its device's memory, by part. T sequence, D d_model, V vocabulary.
+
+Peaks are looked for at four moments of a step: in the loss, at the start and at the end of the last backward, and in
+the optimizer's step. The parts are those of the moment at which most is needed.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from model.config import known
+from parallel.planner.activations import (
+    LOGITS_CHUNK,
+    WIDE,
+    DeviceType,
+    Shape,
+    kept_of_layer,
+    norm_bytes,
+    recomputed_layers,
+)
+from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.hardware import Device
+from parallel.planner.rank import Rank, ranks_of, under_way
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a step, by part."""
+
+    weights: float = 0.0
+    """As they are stored, in fp32."""
+    gradients: float = 0.0
+    """Reduced, in fp32; where they are not reduced after every micro-batch, whole ones too."""
+    optimizer: float = 0.0
+    """AdamW's two moments."""
+    gathered: float = 0.0
+    """Weights that are gathered, in the dtype of computation, and buffers of the collectives."""
+    activations: float = 0.0
+    """Kept for the backward, recomputed in it, and gradients of activations."""
+    logits: float = 0.0
+    """Of the loss: a chunk of logits, and the gradients of head and hidden states."""
+    reserve: float = 0.0
+    """What the device's driver, libraries and communicators take, and the allocator's waste."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def with_reserve(self, device: Device) -> "Memory":
+        """With what the device keeps for itself."""
+        return replace(self, reserve=device.reserved_gib * 2**30 + self.total * device.fragmentation)
+
+
+def predict_memory(run: RunFacts, arrangement: Arrangement, device: Device) -> Memory:
+    """Of the rank that needs most. Of a pipeline, those at both ends are looked at."""
+    memories = [_of_rank(run, arrangement, rank, device.type) for rank in ranks_of(run, arrangement)]
+    return max(memories, key=lambda memory: memory.total).with_reserve(device)
+
+
+def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
+    micro_batches = arrangement.micro_batches(run)
+    a, master = run.itemsize, run.master_size
+    stored, computed = rank.all.stored, rank.all.computed
+    steady = Memory(weights=stored * master, optimizer=2 * stored * master)
+    layer, root = rank.largest_layer.computed, rank.root.computed
+    sharded = arrangement.layout.shard_size > 1
+    reduces_each = sharded and arrangement.layout.pp == 1
+    # before the last backward of a step
+    gradients = 0.0 if micro_batches == 1 else master * (stored if reduces_each else computed)
+    gathered = computed * a if arrangement.keeps_gathered else (root + layer * (1 + sharded)) * a
+    # of one layer: gradients, and what is reduced, of the layer before it too
+    reducing = layer * a + layer * master * (1 if sharded else 2)
+    kept, working = _activations(run, arrangement, rank, micro_batches, device)
+    in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
+    all_reduced = master * (stored if reduces_each or micro_batches == 1 else computed)
+    moments = (
+        replace(steady, gradients=gradients, gathered=gathered, activations=kept, logits=in_loss),
+        replace(
+            steady,
+            gradients=gradients,
+            gathered=gathered + reducing,
+            activations=kept + working,
+            logits=after_loss,
+        ),
+        replace(
+            steady,
+            gradients=all_reduced,
+            gathered=root * (a + master * (1 if sharded else 2))
+            + (layer * a if arrangement.keeps_gathered else 0),
+        ),
+        replace(steady, gradients=stored * master),
+    )
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _activations(
+    run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: int, device: DeviceType
+) -> tuple[float, float]:
+    """What is kept of all micro-batches that are under way; what the backward of a layer takes beside."""
+    kept, working = 0.0, 0.0
+    for experts, count in ((False, rank.dense_layers), (True, rank.expert_layers)):
+        if not count:
+            continue
+        layer = kept_of_layer(run, arrangement, device, experts=experts)
+        for recompute, share in recomputed_layers(arrangement.activation_checkpoint).items():
+            kept += count * share * layer.of(recompute)
+            again = layer.none - layer.of(recompute) if recompute != "none" else 0.0
+            working = max(working, layer.working + max(0.0, again))
+    times = under_way(arrangement, rank, micro_batches)
+    return kept * times, working
+
+
+def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float]:
+    """What the loss takes while it is computed, and what of it is left for the backward."""
+    model, shape = run.model, Shape.of(run, arrangement)
+    d, a = model.d_model, shape.itemsize
+    hidden = shape.tokens * d * a
+    rows = -(-known(model.vocab_size) // arrangement.layout.tp)
+    tokens, elements = LOGITS_CHUNK
+    chunk = min(shape.tokens, max(tokens, elements // rows))
+    narrow = a < WIDE
+    logits = chunk * rows * (a + WIDE if narrow else a)
+    norm = shape.tokens * (norm_bytes(model, a, device) + d * a)
+    head = rows * d * max(WIDE, a)
+    cast = rows * d * a if narrow else 0
+    return norm + 2 * hidden + max(logits + head, cast + head), norm + hidden + rows * d * a

@@ -1,0 +1,189 @@
+"""What a rank sends and receives in a step, collective by collective.
+
+B batch, T sequence, D d_model, H heads, K kv heads, E head_dim, X experts.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from model.config import known
+from parallel.planner.activations import Shape, recomputed_layers
+from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.parameters import Held
+from parallel.planner.rank import Rank
+from parallel.planner.work import needs_last_product
+from parallel.stages import rank_of
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
+Dimension = Literal["dp_shard", "dp_replicate", "tp", "cp", "ep", "pp"]
+WIDE = 4
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Equal collectives of one rank in a step."""
+
+    kind: Kind
+    dimension: Dimension
+    """Whose ranks take part; dp_shard: those over which FSDP shards, so that cp is among them."""
+    ranks: int
+    stride: int
+    """How far apart the ranks are that take part."""
+    count: int
+    """In a step."""
+    bytes: float
+    """Of one: of the whole that all_gather puts out or reduce_scatter takes in, of what all_reduce, all_to_all and
+    send take."""
+    of: str
+    """What is sent: `layer`, `root`, `tokens`, ..."""
+
+    @property
+    def total(self) -> float:
+        """Bytes of a step."""
+        return self.count * self.bytes
+
+
+def bytes_by_kind(exchanges: Iterable[Exchange]) -> dict[tuple[Kind, Dimension], float]:
+    """Bytes of a step, by kind and dimension."""
+    totals: dict[tuple[Kind, Dimension], float] = defaultdict(float)
+    for exchange in exchanges:
+        totals[exchange.kind, exchange.dimension] += exchange.total
+    return dict(totals)
+
+
+def traffic_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
+    """All exchanges of a step but those of a few numbers (losses, norms, counts)."""
+    found = [
+        *(
+            _zero(run, arrangement, rank)
+            if arrangement.zero_stage is not None
+            else _fsdp(run, arrangement, rank)
+        ),
+        *_tensor(run, arrangement, rank),
+        *_context(run, arrangement, rank),
+        *_experts(run, arrangement, rank),
+        *_pipeline(run, arrangement, rank),
+    ]
+    return [exchange for exchange in found if exchange.ranks > 1 and exchange.count and exchange.bytes]
+
+
+def _units(rank: Rank) -> list[tuple[str, Held, int]]:
+    """What is gathered at once, and how often there is such."""
+    return [
+        ("layer", rank.dense_layer, rank.dense_layers),
+        ("layer", rank.expert_layer, rank.expert_layers),
+        ("root", rank.root, rank.stages),
+    ]
+
+
+def _fsdp(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    layout, micro_batches = arrangement.layout, arrangement.micro_batches(run)
+    whole_step = layout.pp > 1
+    for of, held, count in _units(rank):
+        gathers = 1 if of == "root" or arrangement.keeps_gathered else 2
+        times = count * (1 if whole_step else micro_batches)
+        for shard, ranks, stride in (
+            (held.shard, layout.shard_size, layout.tp),
+            (held.expert_shard, layout.shard_size // layout.ep, layout.tp * layout.ep),
+        ):
+            size = shard * ranks / (rank.stages if of == "root" else 1)
+            yield Exchange("all_gather", "dp_shard", ranks, stride, times * gathers, size * run.itemsize, of)
+            yield Exchange("reduce_scatter", "dp_shard", ranks, stride, times, size * run.master_size, of)
+            replicas = layout.tp * layout.shard_size
+            reduced = size / ranks * run.master_size
+            yield Exchange("all_reduce", "dp_replicate", layout.dp_replicate, replicas, count, reduced, of)
+
+
+def _zero(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    """DeepSpeed's: stage 3 as FSDP; below it gradients are summed, and steps' results gathered, once."""
+    layout, stage = arrangement.layout, arrangement.zero_stage
+    assert stage is not None
+    if stage == 3:
+        yield from _fsdp(run, arrangement, rank)
+        return
+    each = arrangement.micro_batches(run) if stage == 2 else 1
+    for elements, ranks, stride in (
+        (rank.all.whole, layout.shard_size, layout.tp),
+        (rank.all.expert_whole, layout.shard_size // layout.ep, layout.tp * layout.ep),
+    ):
+        reduced = elements * run.master_size
+        kind: Kind = "reduce_scatter" if stage == 2 else "all_reduce"
+        yield Exchange(kind, "dp_shard", ranks, stride, each, reduced, "gradients")
+        if stage > 0:
+            yield Exchange("all_gather", "dp_shard", ranks, stride, 1, elements * run.itemsize, "weights")
+
+
+def _tensor(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    layout, shape, model = arrangement.layout, Shape.of(run, arrangement), run.model
+    ranks, micro_batches = layout.tp, arrangement.micro_batches(run)
+    if ranks == 1:
+        return
+    size = shape.tokens * model.d_model * shape.itemsize
+    shared = arrangement.parallel.sequence_parallel
+
+    def exchange(kind: Kind, count: float, bytes_: float = size, of: str = "tokens") -> Exchange:
+        return Exchange(kind, "tp", ranks, 1, round(count * micro_batches), bytes_, of)
+
+    full = recomputed_layers(arrangement.activation_checkpoint).get("full", 0.0)
+    dense_regions, expert_regions = 2, 2 if model.moe is not None and model.moe.num_shared_experts else 1
+    regions = dense_regions * rank.dense_layers + expert_regions * rank.expert_layers
+    # of a dense layer made again, the last sum is left out where nothing needs it
+    left_out = 0 if needs_last_product(run) else rank.dense_layers
+    if shared:
+        yield exchange("all_gather", regions * (2 + full))
+        yield exchange("reduce_scatter", regions * (2 + full) - left_out * full)
+        yield exchange("all_gather", 2 * rank.stages)
+    else:
+        yield exchange("all_reduce", regions * (2 + full) - left_out * full)
+        yield exchange("all_gather", rank.expert_layers * (2 + full))
+    if rank.expert_layers and model.moe is not None:
+        logits = shape.tokens * model.moe.num_experts * WIDE
+        yield exchange("all_gather", rank.expert_layers * (1 + full), logits, "routing")
+    yield exchange("all_reduce", rank.is_first + rank.is_last)
+    if rank.is_last:
+        yield exchange("all_reduce", 1, 3 * shape.tokens * WIDE, "normalizers")
+    yield Exchange("all_reduce", "tp", ranks, 1, 1, rank.all.partial * run.master_size, "partial gradients")
+
+
+def _context(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    layout, shape, attention = arrangement.layout, Shape.of(run, arrangement), run.model.attention
+    if layout.cp == 1:
+        return
+    full = recomputed_layers(arrangement.activation_checkpoint).get("full", 0.0)
+    parts = 2 if attention.variant == "complex" else 1
+    keys = max(shape.kv_heads, layout.cp)
+    widths = shape.heads * (parts + 1) + keys * (parts + 1)
+    size = shape.tokens * widths * known(attention.head_dim) * shape.itemsize / 4
+    count = round(4 * rank.layers * (2 + full) * arrangement.micro_batches(run))
+    yield Exchange("all_to_all", "cp", layout.cp, layout.tp, count, size, "heads")
+
+
+def _experts(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    layout, shape, moe = arrangement.layout, Shape.of(run, arrangement), run.model.moe
+    if layout.ep == 1 or moe is None:
+        return
+    full = recomputed_layers(arrangement.activation_checkpoint).get("full", 0.0)
+    size = shape.own_tokens * moe.top_k * run.model.d_model * shape.itemsize
+    count = round(2 * rank.expert_layers * (2 + full) * arrangement.micro_batches(run))
+    yield Exchange("all_to_all", "ep", layout.ep, layout.tp, count, size, "rows")
+
+
+def _pipeline(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    layout, shape, parallel = arrangement.layout, Shape.of(run, arrangement), arrangement.parallel
+    if layout.pp == 1:
+        return
+    last = parallel.num_stages - 1
+
+    def elsewhere(stage: int, other: int) -> bool:
+        if not 0 <= other <= last:
+            return False
+        return rank_of(other, layout.pp, parallel.pp_schedule) != rank_of(
+            stage, layout.pp, parallel.pp_schedule
+        )
+
+    sends = sum(elsewhere(stage, stage + step) for stage in rank.stage_numbers for step in (1, -1))
+    size = shape.tokens * run.model.d_model * shape.itemsize
+    stride = layout.world_size // layout.pp
+    yield Exchange("send", "pp", layout.pp, stride, sends * arrangement.micro_batches(run), size, "tokens")
