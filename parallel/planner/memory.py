@@ -57,11 +57,12 @@ class Memory:
 
 def predict_memory(run: RunFacts, arrangement: Arrangement, device: Device) -> Memory:
     """Of the rank that needs most. Of a pipeline, those at both ends are looked at."""
-    memories = [_of_rank(run, arrangement, rank, device.type) for rank in ranks_of(run, arrangement)]
+    memories = [memory_of_rank(run, arrangement, rank, device.type) for rank in ranks_of(run, arrangement)]
     return max(memories, key=lambda memory: memory.total).with_reserve(device)
 
 
-def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
+def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
+    """Of one rank, the reserve left out."""
     micro_batches = arrangement.micro_batches(run)
     a, master = run.itemsize, run.master_size
     stored, computed = rank.all.stored, rank.all.computed

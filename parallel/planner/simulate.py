@@ -1,7 +1,8 @@
 """A step of one rank of a job of any size, measured: memory, FLOPs, collectives. B batch, T sequence.
 
-The rank is built and run by the engine that would run it, on a group of ranks that moves nothing, and on tensors that
-have shapes and no values; only the operators' outputs are made up.
+The rank is built and run by the engine that would run it, in a group of ranks that moves nothing, on tensors that have
+shapes and no values. Its operators are the CPU's, so that where a GPU has a kernel of its own, as for RMS norm, more
+activations are kept here.
 """
 
 from collections.abc import Iterator
@@ -13,20 +14,83 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.config import ModelConfig
 from model.model import Model
 from model.transformer import Trunk
+from parallel.config import CompileConfig
 from parallel.engine import EngineConfig, MakeOptimizer
 from parallel.errors import LayoutError
 from parallel.gradients import local
-from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.simulated.engine import SimulatedEngine
 from parallel.planner.simulated.memory import MemoryLog
 from parallel.planner.simulated.meter import Meter
 from parallel.planner.simulated.traffic import Traffic, TrafficLog
 from parallel.planner.simulated.work import WorkLog
 from parallel.simulate import simulated_rank
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What one rank's step took."""
+
+    memory: dict[str, int]
+    """Bytes at the peak, by part, named as those of `parallel.planner.memory.Memory`."""
+    matmul: float
+    """FLOPs of matrix products, the recomputed ones too."""
+    attention: float
+    """FLOPs of scores and values."""
+    traffic: dict[tuple[str, str], Traffic]
+    """Collectives by kind and dimension, named as in `parallel.planner.traffic`."""
+
+
+def simulate(
+    run: RunFacts, arrangement: Arrangement, place: int, make_optimizer: MakeOptimizer
+) -> Simulated:
+    """Take a whole step as the first rank at a place of the pipeline.
+
+    Raises LayoutError where what is asked for can't be simulated.
+    """
+    _check(run, arrangement)
+    layout = arrangement.layout
+    with simulated_rank(place * (layout.world_size // layout.pp), layout.world_size):
+        mesh = Mesh(layout, "cpu")
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            config = _engine_config(run, arrangement)
+            engine = SimulatedEngine(config, mesh, torch.device("cpu"), make_optimizer)
+            return _measure(engine, config, fake)
+
+
+def _check(run: RunFacts, arrangement: Arrangement) -> None:
+    """Raises LayoutError where what is asked for can't be simulated."""
+    parallel = arrangement.parallel
+    checks: tuple[tuple[str, object, object, str], ...] = (
+        ("parallel.engine", parallel.engine, "deepspeed", "torch"),
+        ("parallel.cpu_offload", parallel.cpu_offload, True, "false"),
+        ("compile.enabled", run.compiled, True, "false"),
+        ("model.attention.kernel", run.model.attention.kernel, "flex", "auto"),
+    )
+    for name, value, refused, works in checks:
+        if value == refused:
+            raise LayoutError(
+                f"{name}={str(value).lower()} can't be simulated, on this CPU and on tensors without values: "
+                f"use {name}={works} with --simulate"
+            )
+
+
+def _engine_config(run: RunFacts, arrangement: Arrangement) -> EngineConfig:
+    return EngineConfig(
+        run.model,
+        arrangement.parallel,
+        run.precision,
+        arrangement.activation_checkpoint,
+        CompileConfig(),
+        arrangement.micro_batch_size,
+        run.global_batch_size,
+        run.seq_len,
+        max_grad_norm=1.0,
+        seed=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -39,82 +103,36 @@ class _Batch:
     def micro_batches(self, size: int) -> Iterator["_Batch"]:
         for begin in range(0, len(self.targets), size):
             chosen = slice(begin, begin + size)
-            yield _Batch(
-                {name: values[chosen] for name, values in self.inputs.items()}, self.targets[chosen]
-            )
+            inputs = {name: values[chosen] for name, values in self.inputs.items()}
+            yield _Batch(inputs, self.targets[chosen])
 
     def to(self, device: torch.device) -> "_Batch":
         return self
 
 
-@dataclass(frozen=True)
-class Simulated:
-    """What one rank's step takes."""
-
-    memory: dict[str, int]
-    """Bytes at the peak, by part."""
-    matmul: float
-    """FLOPs of matrix products, with those that are recomputed."""
-    attention: float
-    """FLOPs of scores and values."""
-    traffic: dict[tuple[str, str], Traffic]
-    """Collectives by kind and dimension of the layout."""
-
-
-def simulate(config: EngineConfig, layout: Layout, rank: int, make_optimizer: MakeOptimizer) -> Simulated:
-    """Take a whole step as one rank of a layout, on the CPU's operators.
-
-    Raises LayoutError where what is asked for can't be simulated.
-    """
-    _check(config)
-    with simulated_rank(rank, layout.world_size):
-        mesh = Mesh(layout, "cpu")
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            engine = SimulatedEngine(config, mesh, torch.device("cpu"), make_optimizer)
-            return _measure(engine, config, fake)
-
-
-def _check(config: EngineConfig) -> None:
-    """Raises LayoutError where what is asked for can't be simulated."""
-    for name, value, works in (
-        ("parallel.engine", config.parallel.engine, "torch"),
-        ("parallel.cpu_offload", config.parallel.cpu_offload, False),
-        ("compile.enabled", config.compile.enabled, False),
-    ):
-        if value != works:
-            raise LayoutError(
-                f"{name}={str(value).lower()} can't be simulated: use {name}={str(works).lower()} with --simulate"
-            )
-    if isinstance(config.model, ModelConfig) and config.model.attention.kernel == "flex":
-        raise LayoutError(
-            "model.attention.kernel=flex can't be simulated, on the CPU's operators: use "
-            "model.attention.kernel=auto with --simulate"
-        )
-
-
 def _measure(engine: SimulatedEngine, config: EngineConfig, fake: FakeTensorMode) -> Simulated:
-    memory, work, traffic = MemoryLog(), WorkLog(), TrafficLog(engine.mesh)
-    memory.mark("weights", [local(parameter) for parameter in engine.parameters.values()])
-    memory.mark("weights", list(engine.model.buffers()))
-    memory.mark("optimizer", [local(value) for state in engine.optimizer.state.values() for value in state.values()])
+    parameters, layout = list(engine.parameters.values()), engine.layout
+    reduced_at_once = layout.shard_size > 1 and layout.pp == 1
+    memory = MemoryLog(whole_gradients="gathered" if reduced_at_once else "gradients")
+    work, traffic = WorkLog(), TrafficLog(engine.mesh)
+    memory.mark("weights", [*map(local, parameters), *engine.model.buffers()])
+    memory.mark("optimizer", [local(value) for p in parameters for value in engine.optimizer.state[p].values()])
     for model in engine.models:
         _note_loss(model, memory)
-    sequences = config.global_batch_size // engine.layout.data_size
-    targets = torch.zeros(sequences, config.seq_len, dtype=torch.int64)
+    targets = torch.zeros(config.global_batch_size // layout.data_size, config.seq_len, dtype=torch.int64)
     batch = _Batch(engine.models[0].example(*targets.shape), targets)
     with ExitStack() as stack:
         stack.enter_context(memory.resizing("gathered"))
         stack.enter_context(Meter(fake, memory.note, work.note, traffic.note))
         engine.forward_backward(batch, step=1)
-        memory.mark("gradients", [local(p.grad) for p in engine.parameters.values() if p.grad is not None])
+        memory.mark("gradients", [local(p.grad) for p in parameters if p.grad is not None])
         engine.step(lr=0.0)
     return Simulated(memory.peak(), work.matmul, work.attention, dict(traffic.total))
 
 
 def _note_loss(model: Model, memory: MemoryLog) -> None:
     """Let the log know what the loss makes."""
-    if not isinstance(model, Trunk):
-        return
+    assert isinstance(model, Trunk)
     loss_sum = model.vocabulary.loss_sum
 
     def noted(*args: Any) -> Tensor:

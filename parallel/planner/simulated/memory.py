@@ -14,19 +14,23 @@ from torch.utils._pytree import tree_leaves
 OTHERS = "activations"
 """The part of what is said to belong to no other."""
 
-BUFFERS = (
-    torch.ops.fsdp.all_gather_copy_in.default,
-    torch.ops.fsdp.chunk_cat.default,
-    torch.ops.c10d._reduce_scatter_base_.default,
-)
+BUFFERS = (torch.ops.fsdp.all_gather_copy_in.default, torch.ops.c10d._reduce_scatter_base_.default)
 """What takes and fills buffers of FSDP2's collectives."""
+
+TO_REDUCE = torch.ops.fsdp.chunk_cat.default
+"""What takes whole gradients."""
+
+MAKERS = {"_TokenLossSumBackward": "logits", "EmbeddingBackward0": "gathered"}
+"""To which part belongs what a backward makes, by its name."""
 
 
 class MemoryLog:
     """Notes when storages come, change their size and go; to which part each belongs may be said later."""
 
-    def __init__(self) -> None:
-        self._part = OTHERS
+    def __init__(self, whole_gradients: str) -> None:
+        """whole_gradients: the part to which these belong before they are reduced."""
+        self._whole_gradients = whole_gradients
+        self._part: str | None = None
         self._parts: list[str] = []  # of each storage, by its number
         self._alive: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._sizes: list[int] = []
@@ -37,7 +41,10 @@ class MemoryLog:
         for storage in _storages(output):
             self._number(storage)
         if operator in BUFFERS:
-            self.mark("gathered", (args, kwargs), of=OTHERS)
+            self.mark("gathered", args, of=OTHERS)
+        elif operator is TO_REDUCE:
+            self.mark(self._whole_gradients, args, of=OTHERS)
+            self.mark("gathered", kwargs, of=OTHERS)
 
     def mark(self, part: str, tree: Any, of: str | None = None) -> None:
         """Say that tensors belong to a part; of those noted before, only what belonged to the part `of`, if given."""
@@ -89,7 +96,7 @@ class MemoryLog:
         if address in self._alive:
             return self._alive[address][0]
         number = len(self._parts)
-        self._parts.append(self._part)
+        self._parts.append(self._part or _part_by_maker())
         self._sizes.append(0)
         self._alive[address] = number, weakref.ref(storage, lambda _: self._freed(address, number))
         self._resized(number, storage.nbytes())
@@ -103,6 +110,11 @@ class MemoryLog:
     def _freed(self, address: int, number: int) -> None:
         del self._alive[address]
         self._resized(number, 0)
+
+
+def _part_by_maker() -> str:
+    node = torch._C._current_autograd_node()
+    return OTHERS if node is None else MAKERS.get(node.name(), OTHERS)
 
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:

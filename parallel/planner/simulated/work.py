@@ -31,7 +31,7 @@ class WorkLog:
             self.matmul += flop_registry[packet](*args, **kwargs, out_val=output)
 
 
-def _product(left: Tensor, right: Tensor) -> int:
+def _product(left: Tensor, right: Tensor, *_: Tensor) -> int:
     """Of rows with matrices that each takes part of: (N, I) with (X, O, I), or (N, O) with (N, I)."""
     return 2 * left.numel() * right.shape[1]
 
