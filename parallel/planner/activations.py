@@ -15,8 +15,6 @@ from parallel.planner.facts import Arrangement, RunFacts
 DeviceType = Literal["cpu", "cuda"]
 WIDE = 4
 """Bytes of what is computed in at least fp32."""
-LOGITS_CHUNK = 256, 1 << 22
-"""Tokens and elements, of which the loss makes the larger at once; see model.loss."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,11 @@ class Kept:
 
 def kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, *, experts: bool) -> Kept:
     """What one layer keeps, its input among it, its output not."""
+    key = "kept", device, experts, arrangement.share_of_work
+    return run.once(key, lambda: _kept_of_layer(run, arrangement, device, experts=experts))
+
+
+def _kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, *, experts: bool) -> Kept:
     model, shape = run.model, Shape.of(run, arrangement)
     d, a = model.d_model, shape.itemsize
     own = shape.own_tokens * d * a

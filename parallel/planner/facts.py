@@ -1,7 +1,9 @@
 """What is to be run, and how: all that a plan is made from. B batch, T sequence, D d_model."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from model.config import ModelConfig
 from parallel.config import ActivationCheckpointConfig, ParallelConfig, Precision
@@ -9,6 +11,8 @@ from parallel.fit import BYTES
 from parallel.layout import SIZES, Layout
 from parallel.planner.parameters import Inventory, take_inventory
 from parallel.stages import split_layers
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,13 @@ class RunFacts:
     """Sequences of a step."""
     precision: Precision = "bf16"
     compiled: bool = False
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` makes, remembered by a key: a search asks for the same thousands of times."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
     @property
     def tokens_per_step(self) -> int:
@@ -43,15 +54,10 @@ class RunFacts:
         """The model's parameters."""
         return take_inventory(self.model)
 
-    @cached_property
-    def _splits(self) -> dict[int, list[range]]:
-        return {}
-
     def split(self, stages: int) -> list[range]:
         """The layers of each of so many pipeline stages."""
-        if stages not in self._splits:
-            self._splits[stages] = split_layers(self.model, self.model.max_seq_len, stages)
-        return self._splits[stages]
+        make = partial(split_layers, self.model, self.model.max_seq_len, stages)
+        return self.once(("split", stages), make)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,13 @@ class Arrangement:
     def micro_batches(self, run: RunFacts) -> int:
         """Of one rank in one step."""
         return run.global_batch_size // (self.micro_batch_size * self.layout.data_size)
+
+    @cached_property
+    def share_of_work(self) -> tuple[Hashable, ...]:
+        """All that says how much of a layer's work on a micro-batch is a rank's."""
+        layout, again = self.layout, self.activation_checkpoint
+        shared = self.parallel.sequence_parallel
+        return self.micro_batch_size, layout.cp, layout.tp, layout.ep, shared, again.mode, again.n
 
     @property
     def zero_stage(self) -> int | None:

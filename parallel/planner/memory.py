@@ -7,8 +7,8 @@ the optimizer's step. The parts are those of the moment at which most is needed.
 from dataclasses import dataclass, fields, replace
 
 from model.config import known
+from model.loss import CHUNK_ELEMENTS, CHUNK_TOKENS, VOCABULARY_SLICE
 from parallel.planner.activations import (
-    LOGITS_CHUNK,
     WIDE,
     DeviceType,
     Shape,
@@ -72,7 +72,9 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     reduces_each = sharded and arrangement.layout.pp == 1
     # before the last backward of a step
     gradients = 0.0 if micro_batches == 1 else master * (stored if reduces_each else computed)
-    gathered = computed * a if arrangement.keeps_gathered else (root + layer * (1 + sharded)) * a
+    # the buffer of the newest gathering waits for the next; in the backward it is beside the layer at work
+    gathered = computed * a if arrangement.keeps_gathered else (root + layer * sharded) * a
+    at_work = 0 if arrangement.keeps_gathered else layer * a
     # of one layer: gradients, and what is reduced, of the layer before it too
     reducing = layer * a + layer * master * (1 if sharded else 2)
     kept, working = _activations(run, arrangement, rank, micro_batches, device)
@@ -83,7 +85,7 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
         replace(
             steady,
             gradients=gradients,
-            gathered=gathered + reducing,
+            gathered=gathered + at_work + reducing,
             activations=kept + working,
             logits=after_loss,
         ),
@@ -121,11 +123,12 @@ def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[
     d, a = model.d_model, shape.itemsize
     hidden = shape.tokens * d * a
     rows = -(-known(model.vocab_size) // arrangement.layout.tp)
-    tokens, elements = LOGITS_CHUNK
-    chunk = min(shape.tokens, max(tokens, elements // rows))
+    chunk = min(shape.tokens, max(CHUNK_TOKENS, CHUNK_ELEMENTS // rows))
     narrow = a < WIDE
     logits = chunk * rows * (a + WIDE if narrow else a)
     norm = shape.tokens * (norm_bytes(model, a, device) + d * a)
     head = rows * d * max(WIDE, a)
+    # what a chunk adds to the head's gradient is made in slices; a CPU widens it before it adds
+    piece = min(rows, VOCABULARY_SLICE) * d * (a + (WIDE if device == "cpu" else 0)) if narrow else 0
     cast = rows * d * a if narrow else 0
-    return norm + 2 * hidden + max(logits + head, cast + head), norm + hidden + rows * d * a
+    return norm + 2 * hidden + head + max(logits + piece, cast), norm + hidden + rows * d * a

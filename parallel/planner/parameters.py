@@ -94,8 +94,10 @@ def take_inventory(config: ModelConfig) -> Inventory:
         first, *others = each.name.split(".")
         part = f"blocks.{others[0]}" if first == "blocks" else PART.get(first, "entrance")
         parts[part].append(Parameter(each.shape, each.weight.sharding))
-    names = ("entrance", "blocks.0", "blocks.1", "exit", "everywhere")
-    return Inventory(*(tuple(parts[name]) for name in names), known(config.attention.num_kv_heads))
+    return Inventory(
+        *(tuple(parts[part]) for part in ("entrance", "blocks.0", "blocks.1", "exit", "everywhere")),
+        kv_heads=known(config.attention.num_kv_heads),
+    )
 
 
 def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, sequence_parallel: bool) -> Held:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.parameters import Held, Parameters, held
@@ -34,12 +35,12 @@ class Rank:
         """Of both kinds."""
         return self.dense_layers + self.expert_layers
 
-    @property
+    @cached_property
     def all(self) -> Held:
         """All parameters of the rank."""
         return self.root + self.dense_layer * self.dense_layers + self.expert_layer * self.expert_layers
 
-    @property
+    @cached_property
     def largest_layer(self) -> Held:
         """The one with most parameters."""
         kinds = ((self.dense_layer, self.dense_layers), (self.expert_layer, self.expert_layers))
@@ -48,6 +49,13 @@ class Rank:
 
 def rank_at(run: RunFacts, arrangement: Arrangement, place: int) -> Rank:
     """The rank at a place of the pipeline, of those there the one that holds most."""
+    parallel, layout = arrangement.parallel, arrangement.layout
+    shares = layout.tp, layout.shard_size, layout.ep, parallel.sequence_parallel
+    key = "rank", place, layout.pp, parallel.num_stages, parallel.pp_schedule, shares
+    return run.once(key, partial(_rank_at, run, arrangement, place))
+
+
+def _rank_at(run: RunFacts, arrangement: Arrangement, place: int) -> Rank:
     parallel, layout, inventory = arrangement.parallel, arrangement.layout, run.inventory
     stages = stages_of(place, parallel.pp, parallel.num_stages, parallel.pp_schedule)
     split = run.split(parallel.num_stages)

@@ -62,6 +62,11 @@ class Passes:
 
 def work_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Passes:
     """Work of a rank on one micro-batch."""
+    key = "work of rank", rank.dense_layers, rank.expert_layers, rank.is_last, arrangement.share_of_work
+    return run.once(key, lambda: _work_of_rank(run, arrangement, rank))
+
+
+def _work_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Passes:
     work = Passes()
     for experts, count in ((False, rank.dense_layers), (True, rank.expert_layers)):
         if count:
@@ -73,6 +78,11 @@ def work_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Passes:
 
 def work_of_layer(run: RunFacts, arrangement: Arrangement, *, experts: bool) -> Passes:
     """Work of one layer on one micro-batch."""
+    key = "work", experts, arrangement.share_of_work
+    return run.once(key, lambda: _work_of_layer(run, arrangement, experts=experts))
+
+
+def _work_of_layer(run: RunFacts, arrangement: Arrangement, *, experts: bool) -> Passes:
     model, tp = run.model, arrangement.layout.tp
     variant, shape = ATTENTION[model.attention.variant], Shape.of(run, arrangement)
     projected = variant.query_cost(model).flops / tp
@@ -112,8 +122,8 @@ def _moved(run: RunFacts, shape: Shape, *, experts: bool) -> float:
     model, a, compiled = run.model, shape.itemsize, run.compiled
     d, steps = model.d_model, 1 if model.parallel_layers else 2
     norms = steps * (2 if model.norm.placement == "sandwich" else 1)
-    vectors = norms * 2 + steps * (2 if compiled else 3)
-    moved = vectors * shape.own_tokens * d
+    vectors: float = norms * 2 + steps * (2 if compiled else 3)
+    moved: float = vectors * shape.own_tokens * d
     if model.positional.encoding == "rope":
         heads = (shape.heads + shape.kv_heads) * known(model.attention.head_dim)
         moved += (2 if compiled else 12) * shape.tokens * heads
