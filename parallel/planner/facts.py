@@ -87,13 +87,6 @@ class Arrangement:
         return self.micro_batch_size, layout.cp, layout.tp, layout.ep, shared, again.mode, again.n
 
     @property
-    def zero_stage(self) -> int | None:
-        """DeepSpeed's, or None under the torch engine."""
-        return self.parallel.deepspeed.stage if self.parallel.engine == "deepspeed" else None
-
-    @property
     def keeps_gathered(self) -> bool:
-        """Whether weights stay gathered from their first use in a step to their last."""
-        if self.zero_stage is not None:
-            return self.zero_stage < 3
+        """Whether weights stay gathered from their first use in a micro-batch to their last; in a pipeline, a step."""
         return not self.parallel.reshard_after_forward or self.layout.pp > 1

@@ -36,12 +36,16 @@ class Device(BaseModel):
     """Dense matrix products, TFLOP/s."""
     matmul_efficiency: float = Field(gt=0, le=1)
     """Share of the peak that large matrix products reach."""
+    half_rate_size: float = Field(ge=0)
+    """Rows or columns of a product on one device with which it reaches half of that."""
     attention_efficiency: float = Field(gt=0, le=1)
     """The same of attention's kernel, forward and backward together."""
     memory_gb_per_s: PositiveFloat
     """Of the device's memory, GB/s."""
     memory_efficiency: float = Field(gt=0, le=1)
     """Share of it that element-wise operators reach."""
+    launch_us: float = Field(ge=0)
+    """Microseconds that the host takes to start a kernel."""
     devices_per_node: PositiveInt
     """Connected by the fast link."""
     link_gb_per_s: PositiveFloat

@@ -4,7 +4,7 @@ Peaks are looked for at four moments of a step: in the loss, at the start and at
 the optimizer's step. The parts are those of the moment at which most is needed.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from model.config import known
 from model.loss import CHUNK_ELEMENTS, CHUNK_TOKENS, VOCABULARY_SLICE
@@ -48,7 +48,7 @@ class Memory:
     @property
     def parts(self) -> dict[str, float]:
         """By name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return vars(self)
 
     def with_reserve(self, device: Device) -> "Memory":
         """With what the device keeps for itself."""
@@ -75,8 +75,8 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     # the buffer of the newest gathering waits for the next; in the backward it is beside the layer at work
     gathered = computed * a if arrangement.keeps_gathered else (root + layer * sharded) * a
     at_work = 0 if arrangement.keeps_gathered else layer * a
-    # of one layer: gradients, and what is reduced, of the layer before it too
-    reducing = layer * a + layer * master * (1 if sharded else 2)
+    # gradients of one layer, and of the layer before what is being reduced
+    reducing = layer * (a + master)
     kept, working = _activations(run, arrangement, rank, micro_batches, device)
     in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
     all_reduced = master * (stored if reduces_each or micro_batches == 1 else computed)
@@ -92,7 +92,7 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
         replace(
             steady,
             gradients=all_reduced,
-            gathered=root * (a + master * (1 if sharded else 2))
+            gathered=root * (a + master if sharded else 2 * master)
             + (layer * a if arrangement.keeps_gathered else 0),
         ),
         replace(steady, gradients=stored * master),

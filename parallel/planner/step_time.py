@@ -1,18 +1,23 @@
 """How long a step takes, by part."""
 
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
+from model.config import known
+from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
 from parallel.planner.rank import Rank, rank_at
 from parallel.planner.topology import seconds
-from parallel.planner.traffic import Exchange, traffic_of_rank
-from parallel.planner.work import Passes, Work, work_of_rank
+from parallel.planner.traffic import Exchange, traffic_of_weights, traffic_of_work
+from parallel.planner.work import FLASH_BACKWARD, Work, work_of_rank
 
 STEPPED = 10
 """Times that the optimizer's step reads or writes a number for each parameter: the gradient for the norm, twice for
 its scaling, then weight, gradient and both moments, and all but the gradient back."""
+KERNELS, KERNELS_COMPILED = 40, 15
+"""That a layer's forward starts; the backward starts twice as many. Counted roughly."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class StepTime:
     """What is made again for the backward."""
     elementwise: float = 0.0
     """Norms, activations, rotations, residual sums, casts: bound by the device's memory."""
+    launch: float = 0.0
+    """The device waits for the host to start small kernels."""
     dp: float = 0.0
     """Gathering weights, summing gradients."""
     tp: float = 0.0
@@ -44,58 +51,112 @@ class StepTime:
     @property
     def parts(self) -> dict[str, float]:
         """By name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return vars(self)
 
 
 def predict_step_time(run: RunFacts, arrangement: Arrangement, device: Device) -> StepTime:
     """Of the slowest rank, for which the others wait."""
-    pp = arrangement.layout.pp
-    times = [
-        _of_rank(run, arrangement, rank_at(run, arrangement, place), device)
-        for place in sorted({0, pp // 2, pp - 1})
-    ]
+    times = [_of_rank(run, arrangement, place, device) for place in _places(arrangement)]
     return max(times, key=lambda time: time.total)
 
 
-def compute_seconds(work: Work, run: RunFacts, device: Device) -> float:
-    """Of products and attention."""
+def least_seconds(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
+    """What a step takes at least, whichever data-parallel ranks share weights: quick, as layouts have it in common."""
+    return max(_at_work(run, arrangement, place, device).time.total for place in _places(arrangement))
+
+
+def _places(arrangement: Arrangement) -> list[int]:
+    """Of the pipeline: its ends, and one of the others, which are alike."""
+    pp = arrangement.layout.pp
+    return sorted({0, pp // 2, pp - 1})
+
+
+def compute_seconds(work: Work, run: RunFacts, device: Device, rate: float) -> float:
+    """Of products, which reach a share `rate` of what large ones do, and attention."""
     peak = device.peak_flops(run.precision)
-    return work.matmul / (peak * device.matmul_efficiency) + work.attention / (
-        peak * device.attention_efficiency
+    matmul = work.matmul / (peak * device.matmul_efficiency * rate)
+    return matmul + work.attention / (peak * device.attention_efficiency)
+
+
+def matmul_rate(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
+    """The share of the rate of large products that is left with few tokens and features on a rank."""
+    shape, layout, model = Shape.of(run, arrangement), arrangement.layout, run.model
+    features = min(model.d_model, known(model.ffn.d_ff)) / layout.tp
+    half = device.half_rate_size
+    return shape.tokens / (shape.tokens + half) * features / (features + half)
+
+
+@dataclass(frozen=True)
+class _AtWork:
+    """A rank's step but for what its data-parallel ranks do for each other."""
+
+    time: StepTime
+    forward: float
+    """Seconds in forwards and in backwards."""
+    backward: float
+
+
+def _at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> _AtWork:
+    layout, parallel = arrangement.layout, arrangement.parallel
+    pipeline = layout.pp, parallel.pp_schedule, parallel.num_stages
+    key = "time", device.name, arrangement.share_of_work, arrangement.micro_batches(run), place, pipeline
+    return run.once(key, lambda: _find_at_work(run, arrangement, rank_at(run, arrangement, place), device))
+
+
+def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> _AtWork:
+    micro_batches, rate = arrangement.micro_batches(run), matmul_rate(run, arrangement, device)
+    work, traffic = work_of_rank(run, arrangement, rank), traffic_of_work(run, arrangement, rank)
+
+    def took(work: Work) -> float:
+        return compute_seconds(work, run, device, rate) * micro_batches
+
+    recompute, forward = took(work.recompute), took(work.forward)
+    compute = forward + took(work.backward)
+    elementwise = _moving_seconds(work.total.moved * micro_batches, device)
+    exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep", "pp")}
+    on_device = compute + recompute + elementwise + sum(exposed.values())
+    launch = max(0.0, _launching(run, arrangement, rank, device) * micro_batches - on_device)
+    busy = on_device + launch
+    share = forward / (compute + recompute)
+    waiting = bubble(arrangement, micro_batches, work.forward, run, device) * busy
+    time = StepTime(
+        compute=compute,
+        recompute=recompute,
+        elementwise=elementwise,
+        launch=launch,
+        bubble=waiting,
+        **exposed,
     )
+    return _AtWork(time, busy * share, busy * (1 - share))
+
+
+def _of_rank(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> StepTime:
+    micro_batches, rank = arrangement.micro_batches(run), rank_at(run, arrangement, place)
+    at_work = _at_work(run, arrangement, place, device)
+    copied = _moving_seconds(_copied(run, arrangement, rank, micro_batches), device)
+    traffic = traffic_of_weights(run, arrangement, rank)
+    return replace(
+        at_work.time,
+        dp=copied + _exposed(arrangement, traffic, device, micro_batches, at_work.forward, at_work.backward),
+        optimizer=_moving_seconds(STEPPED * rank.all.stored * run.master_size, device),
+    )
+
+
+def _launching(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
+    """Seconds that the host takes to start the kernels of a micro-batch."""
+    forward = KERNELS_COMPILED if run.compiled else KERNELS
+    again = sum(
+        share for how, share in recomputed_layers(arrangement.activation_checkpoint).items() if how != "none"
+    )
+    return rank.layers * forward * (3 + again) * device.launch_us * 1e-6
 
 
 def _moving_seconds(bytes_: float, device: Device) -> float:
     return bytes_ / (device.memory_gb_per_s * 1e9 * device.memory_efficiency)
 
 
-def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> StepTime:
-    micro_batches = arrangement.micro_batches(run)
-    work, traffic = work_of_rank(run, arrangement, rank), traffic_of_rank(run, arrangement, rank)
-    recompute = compute_seconds(work.recompute, run, device) * micro_batches
-    compute = compute_seconds(work.forward + work.backward, run, device) * micro_batches
-    copied = _copied(run, arrangement, rank, micro_batches)
-    elementwise = _moving_seconds(work.total.moved * micro_batches + copied, device)
-    exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep", "pp")}
-    busy = compute + recompute + elementwise + sum(exposed.values())
-    forward = _share_of_forward(work, run, device)
-    return StepTime(
-        compute=compute,
-        recompute=recompute,
-        elementwise=elementwise,
-        dp=_exposed_dp(arrangement, traffic, device, micro_batches, busy * forward, busy * (1 - forward)),
-        **exposed,
-        bubble=busy * bubble(arrangement, micro_batches, forward),
-        optimizer=_moving_seconds(STEPPED * rank.all.stored * run.master_size, device),
-    )
-
-
 def _sum(traffic: Iterable[Exchange], dimension: str, device: Device) -> float:
     return sum(seconds(each, device) * each.count for each in traffic if each.dimension == dimension)
-
-
-def _share_of_forward(work: Passes, run: RunFacts, device: Device) -> float:
-    return compute_seconds(work.forward, run, device) / compute_seconds(work.total, run, device)
 
 
 def _copied(run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: int) -> float:
@@ -105,7 +166,7 @@ def _copied(run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: 
     return rank.all.computed * (2 * a * gathers + a + run.master_size) * times
 
 
-def _exposed_dp(
+def _exposed(
     arrangement: Arrangement,
     traffic: list[Exchange],
     device: Device,
@@ -119,12 +180,12 @@ def _exposed_dp(
     backward gathers the one before and reduces the one behind; replicas are summed in the last backward. The root is
     gathered before the first layer, and reduced after it.
     """
-    mine = [each for each in traffic if each.dimension in ("dp_shard", "dp_replicate")]
-    spent = {(each.kind, each.of == "root"): 0.0 for each in mine}
-    for each in mine:
+    spent: dict[tuple[str, bool], float] = defaultdict(float)
+    for each in traffic:
         spent[each.kind, each.of == "root"] += seconds(each, device) * each.count
-    gather, reduce = spent.get(("all_gather", False), 0.0), spent.get(("reduce_scatter", False), 0.0)
-    replicate = spent.get(("all_reduce", False), 0.0)
+    gather, reduce, replicate = (
+        spent[kind, False] for kind in ("all_gather", "reduce_scatter", "all_reduce")
+    )
     alone = sum(taken for (_, is_root), taken in spent.items() if is_root)
     if arrangement.layout.pp > 1:
         return alone + max(0.0, gather - forward / micro_batches) + reduce + replicate
@@ -135,22 +196,30 @@ def _exposed_dp(
     return alone + max(0.0, in_forward - forward) + max(0.0, others - (backward - one)) + max(0.0, last - one)
 
 
-def bubble(arrangement: Arrangement, micro_batches: int, forward: float) -> float:
-    """Time that a rank waits, over the time that it works; `forward`: the forward's share of that.
+def bubble(
+    arrangement: Arrangement, micro_batches: int, forward: Work, run: RunFacts, device: Device
+) -> float:
+    """Time that a rank waits, over the time that it works.
 
-    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1, and interleaved 2.2.2. Zero bubble: Qi et al. 2023, table 1
-    (ZB-H1: (p - 1)(F + B - W)), over the stages of a rank; ZBV: (p - 1)(F + B - 2W), their 2024. B is the gradients of
-    activations, W that of weights, which takes as long as the forward does.
+    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. Zero bubble: with F, B and W the times of the
+    forward and of the gradients of activations and of weights, (p - 1)(F + B - W) (ZB-H1 of Qi et al. 2023, table 1),
+    over the stages of a rank, and (p - 1)(F + B - 2W) of ZBV. Products take as long in each of the three; attention has
+    no weights.
     """
     pp, schedule = arrangement.layout.pp, arrangement.parallel.pp_schedule
-    stages = arrangement.parallel.stages_per_rank or 1
     if pp == 1:
         return 0.0
     of_one = (pp - 1) / micro_batches
     if schedule in ("gpipe", "1f1b"):
         return of_one
     if schedule == "interleaved_1f1b":
-        return of_one / stages
-    weights = forward
-    left = 1 - weights * (2 if schedule == "interleaved_zero_bubble" else 3)
-    return of_one * max(0.0, left) / (stages if schedule == "interleaved_zero_bubble" else 1)
+        return of_one / (arrangement.parallel.stages_per_rank or 1)
+    product, mixing = (
+        compute_seconds(work, run, device, 1.0)
+        for work in (Work(forward.matmul), Work(attention=forward.attention))
+    )
+    whole = 3 * product + (1 + FLASH_BACKWARD) * mixing
+    left = (1 + FLASH_BACKWARD) * mixing
+    if schedule == "interleaved_zero_bubble":
+        left = (left + product) / (arrangement.parallel.stages_per_rank or 1)
+    return of_one * left / whole

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import known
+from parallel.layout import Layout
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
-from parallel.planner.parameters import Held
 from parallel.planner.rank import Rank
 from parallel.planner.work import needs_last_product
 from parallel.stages import rank_of
@@ -55,64 +55,68 @@ def bytes_by_kind(exchanges: Iterable[Exchange]) -> dict[tuple[Kind, Dimension],
 
 def traffic_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
     """All exchanges of a step but those of a few numbers (losses, norms, counts)."""
-    found = [
-        *(
-            _zero(run, arrangement, rank)
-            if arrangement.zero_stage is not None
-            else _fsdp(run, arrangement, rank)
-        ),
-        *_tensor(run, arrangement, rank),
-        *_context(run, arrangement, rank),
-        *_experts(run, arrangement, rank),
-        *_pipeline(run, arrangement, rank),
-    ]
-    return [exchange for exchange in found if exchange.ranks > 1 and exchange.count and exchange.bytes]
+    return traffic_of_weights(run, arrangement, rank) + traffic_of_work(run, arrangement, rank)
 
 
-def _units(rank: Rank) -> list[tuple[str, Held, int]]:
-    """What is gathered at once, and how often there is such."""
-    return [
-        ("layer", rank.dense_layer, rank.dense_layers),
-        ("layer", rank.expert_layer, rank.expert_layers),
-        ("root", rank.root, rank.stages),
-    ]
+def traffic_of_weights(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
+    """Those that gather weights and sum gradients over data-parallel ranks."""
+    return _of_several(_fsdp(run, arrangement, rank))
+
+
+def traffic_of_work(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
+    """Those that a micro-batch makes on its way."""
+    makers = _tensor, _context, _experts, _pipeline
+    return _of_several(each for make in makers for each in make(run, arrangement, rank))
+
+
+def _of_several(exchanges: Iterable[Exchange]) -> list[Exchange]:
+    return [each for each in exchanges if each.ranks > 1 and each.count and each.bytes]
 
 
 def _fsdp(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
-    layout, micro_batches = arrangement.layout, arrangement.micro_batches(run)
-    whole_step = layout.pp > 1
-    for of, held, count in _units(rank):
-        gathers = 1 if of == "root" or arrangement.keeps_gathered else 2
-        times = count * (1 if whole_step else micro_batches)
-        for shard, ranks, stride in (
-            (held.shard, layout.shard_size, layout.tp),
-            (held.expert_shard, layout.shard_size // layout.ep, layout.tp * layout.ep),
-        ):
-            size = shard * ranks / (rank.stages if of == "root" else 1)
-            yield Exchange("all_gather", "dp_shard", ranks, stride, times * gathers, size * run.itemsize, of)
-            yield Exchange("reduce_scatter", "dp_shard", ranks, stride, times, size * run.master_size, of)
-            replicas = layout.tp * layout.shard_size
-            reduced = size / ranks * run.master_size
-            yield Exchange("all_reduce", "dp_replicate", layout.dp_replicate, replicas, count, reduced, of)
+    layout = arrangement.layout
+    # a pipeline gathers and reduces once in a step
+    times = 1 if layout.pp > 1 else arrangement.micro_batches(run)
+    gathers = 1 if arrangement.keeps_gathered else 2
+    units = (
+        ("layer", rank.dense_layer, rank.dense_layers, gathers),
+        ("layer", rank.expert_layer, rank.expert_layers, gathers),
+        ("root", rank.root, 1, 1),
+    )
+    for of, held, count, gathered in units:
+        if not count:
+            continue
+        yield from _shards(
+            run, layout, of, held.shard, count, times, gathered, (layout.shard_size, layout.tp)
+        )
+        if held.expert_shard:
+            ranks = layout.shard_size // layout.ep, layout.tp * layout.ep
+            yield from _shards(run, layout, of, held.expert_shard, count, times, gathered, ranks)
 
 
-def _zero(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
-    """DeepSpeed's: stage 3 as FSDP; below it gradients are summed, and steps' results gathered, once."""
-    layout, stage = arrangement.layout, arrangement.zero_stage
-    assert stage is not None
-    if stage == 3:
-        yield from _fsdp(run, arrangement, rank)
-        return
-    each = arrangement.micro_batches(run) if stage == 2 else 1
-    for elements, ranks, stride in (
-        (rank.all.whole, layout.shard_size, layout.tp),
-        (rank.all.expert_whole, layout.shard_size // layout.ep, layout.tp * layout.ep),
-    ):
-        reduced = elements * run.master_size
-        kind: Kind = "reduce_scatter" if stage == 2 else "all_reduce"
-        yield Exchange(kind, "dp_shard", ranks, stride, each, reduced, "gradients")
-        if stage > 0:
-            yield Exchange("all_gather", "dp_shard", ranks, stride, 1, elements * run.itemsize, "weights")
+def _shards(
+    run: RunFacts,
+    layout: Layout,
+    of: str,
+    shard: int,
+    count: int,
+    times: int,
+    gathered: int,
+    over: tuple[int, int],
+) -> Iterator[Exchange]:
+    """Of so many units with shards of this size. over: ranks and stride."""
+    ranks, stride = over
+    if ranks > 1:
+        whole = shard * ranks
+        gathers = count * times * gathered
+        yield Exchange("all_gather", "dp_shard", ranks, stride, gathers, whole * run.itemsize, of)
+        yield Exchange(
+            "reduce_scatter", "dp_shard", ranks, stride, count * times, whole * run.master_size, of
+        )
+    replicas = layout.dp_replicate
+    if replicas > 1:
+        apart = layout.tp * layout.shard_size
+        yield Exchange("all_reduce", "dp_replicate", replicas, apart, count, shard * run.master_size, of)
 
 
 def _tensor(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:

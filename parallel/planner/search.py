@@ -1,0 +1,234 @@
+"""The fastest layouts that fit: all meshes, schedules, micro-batches and ways of recomputing are weighed.
+
+What is left out can't win: a gpipe schedule takes as long as 1f1b and holds more; tensor parallelism across nodes puts
+the slowest link into every layer. Zero-bubble schedules, which cut the backward in two, are weighed without
+recomputation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from parallel.config import ActivationCheckpointConfig, ParallelConfig
+from parallel.errors import LayoutError
+from parallel.fit import check_fit, check_micro_batches
+from parallel.layout import Layout
+from parallel.planner.estimate import Estimate
+from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.hardware import Device
+from parallel.planner.memory import predict_memory
+from parallel.planner.step_time import least_seconds, predict_step_time
+from parallel.sizes import format_bytes
+from parallel.stages import MANY_STAGES, Schedule
+
+ABOUT = 0.02
+"""Times that differ by less are taken to be the same."""
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+"""Sequences."""
+RECOMPUTED = (
+    ActivationCheckpointConfig(mode="none"),
+    ActivationCheckpointConfig(mode="selective"),
+    ActivationCheckpointConfig(mode="every_nth", n=4),
+    ActivationCheckpointConfig(mode="every_nth", n=2),
+    ActivationCheckpointConfig(mode="full"),
+)
+"""From the fastest to the one that keeps least."""
+PIPELINES: tuple[tuple[Schedule, int], ...] = (
+    ("1f1b", 1),
+    ("interleaved_1f1b", 2),
+    ("interleaved_1f1b", 4),
+    ("interleaved_zero_bubble", 2),
+    ("zbv_zero_bubble", 2),
+)
+"""Schedules and stages of a rank."""
+
+
+@dataclass
+class Found:
+    """What a search comes to: the best of each way to cut the model, fastest first."""
+
+    limit: int
+    fitting: list[Estimate] = field(default_factory=list)
+    too_large: list[Estimate] = field(default_factory=list)
+    """Of meshes that nothing makes fit, in the form that needs least."""
+    weighed: int = 0
+
+    @property
+    def to_beat(self) -> float:
+        """Seconds above which a step is of no interest."""
+        return self.fitting[-1].time.total if len(self.fitting) == self.limit else float("inf")
+
+    def add(self, found: Estimate) -> None:
+        """One more that fits. Of those that differ in their data-parallel ranks alone, the fastest is kept."""
+        rivals = [each for each in self.fitting if _cut(each) == _cut(found)]
+        if all(found.time.total < each.time.total for each in rivals):
+            kept = [each for each in self.fitting if each not in rivals]
+            self.fitting = sorted([*kept, found], key=lambda each: each.time.total)[: self.limit]
+
+    def settle(self) -> None:
+        """Put the one first that cuts the model least among those that are about as fast as the fastest."""
+        fastest = self.fitting[0].time.total
+        even = [each for each in self.fitting if each.time.total <= fastest * (1 + ABOUT)]
+        even.sort(key=lambda each: prod(_cut(each)))
+        self.fitting = [*even, *(each for each in self.fitting if each not in even)]
+
+    def add_too_large(self, found: Estimate) -> None:
+        """One more that doesn't."""
+        kept = [
+            each
+            for each in self.too_large
+            if _cut(each) != _cut(found) or each.memory.total < found.memory.total
+        ]
+        self.too_large = sorted([*kept, found], key=lambda each: each.memory.total)[: self.limit]
+
+
+def _cut(found: Estimate) -> tuple[int, int, int, int]:
+    layout = found.arrangement.layout
+    return layout.pp, layout.cp, layout.tp, layout.ep
+
+
+def search(run: RunFacts, world_size: int, device: Device, limit: int = 6) -> Found:
+    """The fastest layouts of so many ranks.
+
+    Raises:
+        LayoutError: none is possible, or none fits into the device's memory.
+    """
+    found = Found(limit)
+    for layout in meshes(run, world_size, device):
+        _weigh(run, layout, device, found)
+    if not found.fitting and not found.too_large:
+        raise LayoutError(
+            f"no layout of {world_size} ranks can share out data.global_batch_size={run.global_batch_size} sequences: "
+            f"use a number of GPUs that divides it, {_divisor(run.global_batch_size, world_size)} for example"
+        )
+    if not found.fitting:
+        raise _too_large(found, device)
+    found.settle()
+    return found
+
+
+def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
+    """All sizes of the mesh's dimensions that the model can have, least cut ones first."""
+    sizes = [
+        (pp * tp * cp, pp, tp, cp)
+        for pp in divisors(world_size)
+        for tp in divisors(world_size // pp)
+        for cp in divisors(world_size // pp // tp)
+        if pp <= run.model.num_layers and tp <= device.devices_per_node
+    ]
+    for cut, pp, tp, cp in sorted(sizes):
+        ranks = world_size // cut
+        if not _possible(run, Layout(dp_shard=ranks, cp=cp, tp=tp, pp=pp)):
+            continue
+        for dp_replicate in divisors(ranks):
+            if run.global_batch_size % ranks:
+                continue
+            whole = Layout(dp_replicate, ranks // dp_replicate, cp, tp, pp)
+            for ep in _expert_sizes(run, whole):
+                yield Layout(dp_replicate, ranks // dp_replicate, cp, tp, pp, ep)
+
+
+def _possible(run: RunFacts, layout: Layout) -> bool:
+    try:
+        check_fit(layout, _parallel(layout), run.model, run.seq_len)
+    except LayoutError:
+        return False
+    return True
+
+
+def _expert_sizes(run: RunFacts, layout: Layout) -> list[int]:
+    if run.model.moe is None:
+        return [1]
+    return [ep for ep in divisors(run.model.moe.num_experts) if layout.shard_size % ep == 0]
+
+
+def _parallel(
+    layout: Layout, schedule: Schedule = "1f1b", stages: int = 1, reshard: bool = True
+) -> ParallelConfig:
+    return ParallelConfig(
+        dp_replicate=layout.dp_replicate,
+        dp_shard=layout.dp_shard,
+        cp=layout.cp,
+        tp=layout.tp,
+        pp=layout.pp,
+        ep=layout.ep,
+        pp_schedule=schedule,
+        stages_per_rank=stages,
+        reshard_after_forward=reshard,
+    )
+
+
+def _variants(run: RunFacts, layout: Layout) -> Iterator[ParallelConfig]:
+    """The ways to run a mesh, that the model can have."""
+    if layout.pp == 1:
+        yield _parallel(layout)
+        yield _parallel(layout, reshard=False)
+        return
+    for schedule, stages in PIPELINES:
+        parallel = _parallel(layout, schedule, stages)
+        try:
+            check_fit(layout, parallel, run.model, run.seq_len)
+        except LayoutError:
+            continue
+        yield parallel
+
+
+def _weigh(run: RunFacts, layout: Layout, device: Device, found: Found) -> None:
+    smallest: Estimate | None = None
+    fits = False
+    for parallel in _variants(run, layout):
+        for size in MICRO_BATCHES:
+            count, left = divmod(run.global_batch_size, size * layout.data_size)
+            if left or not count or not _schedules(parallel, count):
+                continue
+            for again in RECOMPUTED:
+                if "zero_bubble" in parallel.pp_schedule and again.mode != "none":
+                    break
+                found.weighed += 1
+                arrangement = Arrangement(parallel, size, again)
+                if least_seconds(run, arrangement, device) >= found.to_beat:
+                    break
+                time = predict_step_time(run, arrangement, device)
+                if time.total >= found.to_beat:
+                    break
+                memory = predict_memory(run, arrangement, device)
+                this = Estimate(run, arrangement, device, memory, time)
+                if this.fits:
+                    found.add(this)
+                    fits = True
+                    break
+                if smallest is None or memory.total < smallest.memory.total:
+                    smallest = this
+    if smallest is not None and not fits:
+        found.add_too_large(smallest)
+
+
+def _schedules(parallel: ParallelConfig, count: int) -> bool:
+    try:
+        check_micro_batches(parallel, count)
+    except LayoutError:
+        return False
+    return parallel.pp_schedule in MANY_STAGES or count >= parallel.pp
+
+
+def _too_large(found: Found, device: Device) -> LayoutError:
+    least = found.too_large[0]
+    needed, world = format_bytes(round(least.memory.total)), least.arrangement.layout.world_size
+    steady = least.memory.weights + least.memory.gradients + least.memory.optimizer
+    more = world * 2
+    while steady * world / more + least.memory.total - steady > device.memory_bytes and more < world * 2**12:
+        more *= 2
+    return LayoutError(
+        f"no layout of {world} x {device.name} fits: {least.arrangement.layout} with full recomputation needs least, "
+        f"{needed} of {format_bytes(device.memory_bytes)} on each: use about {more} of them, a device with more "
+        f"memory, or a smaller model"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """All, in order."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(size for size in divisors(number) if size <= most)
