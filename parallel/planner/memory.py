@@ -4,6 +4,7 @@ Peaks are looked for at four moments of a step: in the loss, at the start and at
 the optimizer's step. The parts are those of the moment at which most is needed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from model.config import known
@@ -18,6 +19,7 @@ from parallel.planner.activations import (
 )
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
+from parallel.planner.parameters import Held
 from parallel.planner.rank import Rank, ranks_of, under_way
 
 
@@ -63,58 +65,100 @@ def predict_memory(run: RunFacts, arrangement: Arrangement, device: Device) -> M
 
 def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
     """Of one rank, the reserve left out."""
-    micro_batches = arrangement.micro_batches(run)
     a, master = run.itemsize, run.master_size
     stored, computed = rank.all.stored, rank.all.computed
     steady = Memory(weights=stored * master, optimizer=2 * stored * master)
-    layer, root = rank.largest_layer.computed, rank.root.computed
-    sharded = arrangement.layout.shard_size > 1
-    reduces_each = sharded and arrangement.layout.pp == 1
+    reduces_each = arrangement.layout.shard_size > 1 and arrangement.layout.pp == 1
+    one = arrangement.micro_batches(run) == 1
     # before the last backward of a step
-    gradients = 0.0 if micro_batches == 1 else master * (stored if reduces_each else computed)
-    # the buffer of the newest gathering waits for the next; in the backward it is beside the layer at work
-    gathered = computed * a if arrangement.keeps_gathered else (root + layer * sharded) * a
-    at_work = 0 if arrangement.keeps_gathered else layer * a
-    # gradients of one layer, and of the layer before what is being reduced
-    reducing = layer * (a + master)
-    kept, working = _activations(run, arrangement, rank, micro_batches, device)
-    in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
-    all_reduced = master * (stored if reduces_each or micro_batches == 1 else computed)
+    before = 0.0 if one else master * (stored if reduces_each else computed)
+    after = master * (stored if reduces_each or one else computed)
     moments = (
-        replace(steady, gradients=gradients, gathered=gathered, activations=kept, logits=in_loss),
-        replace(
-            steady,
-            gradients=gradients,
-            gathered=gathered + at_work + reducing,
-            activations=kept + working,
-            logits=after_loss,
-        ),
-        replace(
-            steady,
-            gradients=all_reduced,
-            gathered=root * (a + master if sharded else 2 * master)
-            + (layer * a if arrangement.keeps_gathered else 0),
-        ),
-        replace(steady, gradients=stored * master),
+        *(replace(moment, gradients=before) for moment in _passes(run, arrangement, rank, device)),
+        *(replace(moment, gradients=after) for moment in _ends(run, arrangement, rank)),
+        Memory(gradients=stored * master),
     )
-    return max(moments, key=lambda memory: memory.total)
+    most = max(moments, key=lambda memory: memory.total)
+    return replace(most, weights=steady.weights, optimizer=steady.optimizer)
 
 
-def _activations(
-    run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: int, device: DeviceType
-) -> tuple[float, float]:
-    """What is kept of all micro-batches that are under way; what the backward of a layer takes beside."""
-    kept, working = 0.0, 0.0
-    for experts, count in ((False, rank.dense_layers), (True, rank.expert_layers)):
+def _passes(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Iterator[Memory]:
+    """In the loss, and in the backward of the last layer and of the one before it."""
+    layout, a = arrangement.layout, run.itemsize
+    in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
+    kept = sum(layer.kept * layer.count for layer in _layers(run, arrangement, rank, device))
+    kept = kept * under_way(arrangement, rank, arrangement.micro_batches(run)) + _received(run, arrangement, rank)
+    all_ = rank.all.padded(layout) * a
+    root, gathering = (all_, 0) if arrangement.keeps_gathered else (rank.root.padded(layout) * a, 1)
+    largest = rank.largest_layer.padded(layout) * a
+    yield Memory(gathered=root + gathering * largest, activations=kept, logits=in_loss)
+    for layer in _layers(run, arrangement, rank, device):
+        held, padded = layer.parameters, layer.parameters.padded(layout)
+        # this layer's weights, and those of the next, which is being gathered
+        gathered = root + gathering * 2 * padded * a
+        reducing = padded * run.master_size if layout.pp == 1 else 0
+        for own, gradients in ((layer.in_feedforward, layer.last_product), (layer.in_attention, held.computed)):
+            now = Memory(gathered=gathered + gradients * a, logits=after_loss)
+            yield replace(now, activations=kept - layer.kept + own)
+            if rank.layers > 1:
+                yield replace(
+                    now, gathered=now.gathered + reducing, activations=kept - 2 * layer.kept + own
+                )
+
+
+def _ends(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Memory]:
+    """When all gradients of the root are there, and when they are reduced."""
+    layout, a, master = arrangement.layout, run.itemsize, run.master_size
+    root, padded = rank.root.computed, rank.root.padded(layout)
+    # a head that is the embedding has a gradient of each, and their sum
+    twice = run.model.tie_embeddings and rank.is_first and rank.is_last
+    gradients = root * (3 if twice else 1) * a
+    first_layer = rank.largest_layer.padded(layout) * master if layout.pp == 1 else 0
+    kept = rank.all.padded(layout) * a if arrangement.keeps_gathered else padded * a
+    yield Memory(gathered=kept + gradients + first_layer)
+    others = kept - padded * a
+    yield Memory(gathered=others + root * a + padded * master * (1 if layout.shard_size > 1 else 2))
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Equal layers of a rank, in bytes of a micro-batch."""
+
+    count: float
+    kept: float
+    in_feedforward: float
+    in_attention: float
+    parameters: Held
+    last_product: float
+    """Elements of the weights of the last projection, whose gradient is the first to be there."""
+
+
+def _layers(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Iterator[_Layers]:
+    layout, model = arrangement.layout, run.model
+    for experts, count, parameters in (
+        (False, rank.dense_layers, rank.dense_layer),
+        (True, rank.expert_layers, rank.expert_layer),
+    ):
         if not count:
             continue
+        last_product = known(model.ffn.d_ff) * model.d_model / layout.tp
+        if experts:
+            assert model.moe is not None
+            last_product = model.moe.num_experts / layout.ep * known(model.moe.d_ff) * model.d_model
         layer = kept_of_layer(run, arrangement, device, experts=experts)
         for recompute, share in recomputed_layers(arrangement.activation_checkpoint).items():
-            kept += count * share * layer.of(recompute)
-            again = layer.none - layer.of(recompute) if recompute != "none" else 0.0
-            working = max(working, layer.working + max(0.0, again))
-    times = under_way(arrangement, rank, micro_batches)
-    return kept * times, working
+            kept = layer.of(recompute)
+            yield _Layers(
+                count * share, kept, layer.in_feedforward, layer.in_attention, parameters, last_product
+            )
+
+
+def _received(run: RunFacts, arrangement: Arrangement, rank: Rank) -> float:
+    """What a stage of a pipeline is sent by those next to it, of all micro-batches of a step."""
+    shape, last = Shape.of(run, arrangement), arrangement.parallel.num_stages - 1
+    size = shape.tokens * run.model.d_model * shape.itemsize
+    neighbours = sum((stage > 0) + (stage < last) for stage in rank.stage_numbers)
+    return neighbours * size * arrangement.micro_batches(run)
 
 
 def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float]:
@@ -131,4 +175,4 @@ def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[
     # what a chunk adds to the head's gradient is made in slices; a CPU widens it before it adds
     piece = min(rows, VOCABULARY_SLICE) * d * (a + (WIDE if device == "cpu" else 0)) if narrow else 0
     cast = rows * d * a if narrow else 0
-    return norm + 2 * hidden + head + max(logits + piece, cast), norm + hidden + rows * d * a
+    return norm + 2 * hidden + head + max(logits + piece, cast), rows * d * a

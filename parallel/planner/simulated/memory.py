@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 OTHERS = "activations"
 """The part of what is said to belong to no other."""
 
+STEADY = ("weights", "optimizer")
+
 BUFFERS = (torch.ops.fsdp.all_gather_copy_in.default, torch.ops.c10d._reduce_scatter_base_.default)
 """What takes and fills buffers of FSDP2's collectives."""
 
@@ -41,17 +43,22 @@ class MemoryLog:
         for storage in _storages(output):
             self._number(storage)
         if operator in BUFFERS:
-            self.mark("gathered", args, of=OTHERS)
+            self._mark_passing("gathered", args)
         elif operator is TO_REDUCE:
-            self.mark(self._whole_gradients, args, of=OTHERS)
-            self.mark("gathered", kwargs, of=OTHERS)
+            self._mark_passing(self._whole_gradients, args)
+            self._mark_passing("gathered", kwargs)
 
-    def mark(self, part: str, tree: Any, of: str | None = None) -> None:
-        """Say that tensors belong to a part; of those noted before, only what belonged to the part `of`, if given."""
+    def mark(self, part: str, tree: Any) -> None:
+        """Say that tensors, noted before or not, belong to a part."""
         for storage in _storages(tree):
-            number = self._number(storage)
-            if of is None or self._parts[number] == of:
-                self._parts[number] = part
+            self._parts[self._number(storage)] = part
+
+    def _mark_passing(self, part: str, tree: Any) -> None:
+        """The same of those that don't stay."""
+        self.mark(part, [t for t in tree_leaves(tree) if isinstance(t, Tensor) and not self._stays(t)])
+
+    def _stays(self, tensor: Tensor) -> bool:
+        return self._parts[self._number(tensor.untyped_storage())] in STEADY
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
