@@ -24,8 +24,6 @@ class Device(BaseModel):
     """As it is called in print."""
     type: Literal["cpu", "cuda"] = "cuda"
     """What torch calls it; ROCm's devices are cuda to it, too."""
-    reported_as: str | None = None
-    """What is in the name by which the device reports itself, such as `H100`."""
     memory_gib: PositiveFloat
     """GiB that a process can use."""
     reserved_gib: float = Field(ge=0)
@@ -59,7 +57,7 @@ class Device(BaseModel):
     network_latency_us: float = Field(ge=0)
     """The same between nodes."""
     watts: PositiveFloat
-    """Of a device at work."""
+    """Of a device at full power."""
     dollars_per_hour: float = Field(ge=0)
     """Rent of a device, on demand."""
 

@@ -13,11 +13,10 @@ from parallel.config import ActivationCheckpointConfig, ParallelConfig
 from parallel.errors import LayoutError
 from parallel.fit import check_fit, check_micro_batches
 from parallel.layout import Layout
-from parallel.planner.estimate import Estimate
+from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
-from parallel.planner.memory import predict_memory
-from parallel.planner.step_time import least_seconds, predict_step_time
+from parallel.planner.step_time import least_seconds
 from parallel.sizes import format_bytes
 from parallel.stages import MANY_STAGES, Schedule
 
@@ -43,6 +42,10 @@ PIPELINES: tuple[tuple[Schedule, int], ...] = (
 """Schedules and stages of a rank."""
 
 
+Cut = tuple[int, int, int, int]
+"""How a model is cut: pp, cp, tp, ep."""
+
+
 @dataclass
 class Found:
     """What a search comes to: the best of each way to cut the model, fastest first."""
@@ -50,8 +53,9 @@ class Found:
     limit: int
     fitting: list[Estimate] = field(default_factory=list)
     too_large: list[Estimate] = field(default_factory=list)
-    """Of meshes that nothing makes fit, in the form that needs least."""
+    """Faster than the last that fits, but nothing makes them fit; each in the form that needs least."""
     weighed: int = 0
+    _smallest: dict[Cut, Estimate] = field(default_factory=dict)
 
     @property
     def to_beat(self) -> float:
@@ -59,30 +63,37 @@ class Found:
         return self.fitting[-1].time.total if len(self.fitting) == self.limit else float("inf")
 
     def add(self, found: Estimate) -> None:
-        """One more that fits. Of those that differ in their data-parallel ranks alone, the fastest is kept."""
-        rivals = [each for each in self.fitting if _cut(each) == _cut(found)]
-        if all(found.time.total < each.time.total for each in rivals):
+        """One more, of which one that fits and is as fast may be known."""
+        cut = _cut(found)
+        smallest = self._smallest.get(cut)
+        if smallest is None or found.memory.total < smallest.memory.total:
+            self._smallest[cut] = found
+        rivals = [each for each in self.fitting if _cut(each) == cut]
+        if found.fits and all(_weight(found) < _weight(each) for each in rivals):
             kept = [each for each in self.fitting if each not in rivals]
             self.fitting = sorted([*kept, found], key=lambda each: each.time.total)[: self.limit]
 
+    @property
+    def smallest(self) -> Estimate | None:
+        """What needs least memory."""
+        return min(self._smallest.values(), key=lambda each: each.memory.total, default=None)
+
     def settle(self) -> None:
         """Put the one first that cuts the model least among those that are about as fast as the fastest."""
-        fastest = self.fitting[0].time.total
+        fastest, slowest = self.fitting[0].time.total, self.fitting[-1].time.total
         even = [each for each in self.fitting if each.time.total <= fastest * (1 + ABOUT)]
         even.sort(key=lambda each: prod(_cut(each)))
         self.fitting = [*even, *(each for each in self.fitting if each not in even)]
-
-    def add_too_large(self, found: Estimate) -> None:
-        """One more that doesn't."""
-        kept = [
-            each
-            for each in self.too_large
-            if _cut(each) != _cut(found) or each.memory.total < found.memory.total
-        ]
-        self.too_large = sorted([*kept, found], key=lambda each: each.memory.total)[: self.limit]
+        large = [each for each in self._smallest.values() if not each.fits and each.time.total < slowest]
+        self.too_large = sorted(large, key=lambda each: each.time.total)
 
 
-def _cut(found: Estimate) -> tuple[int, int, int, int]:
+def _weight(found: Estimate) -> float:
+    """Seconds, and a little for filling the memory, which leaves none for what was not foreseen."""
+    return found.time.total * (1 + ABOUT * found.memory.total / found.device.memory_bytes)
+
+
+def _cut(found: Estimate) -> Cut:
     layout = found.arrangement.layout
     return layout.pp, layout.cp, layout.tp, layout.ep
 
@@ -93,17 +104,23 @@ def search(run: RunFacts, world_size: int, device: Device, limit: int = 6) -> Fo
     Raises:
         LayoutError: none is possible, or none fits into the device's memory.
     """
-    found = Found(limit)
-    for layout in meshes(run, world_size, device):
-        _weigh(run, layout, device, found)
-    if not found.fitting and not found.too_large:
+    found = _find(run, world_size, device, limit)
+    smallest = found.smallest
+    if smallest is None:
         raise LayoutError(
             f"no layout of {world_size} ranks can share out data.global_batch_size={run.global_batch_size} sequences: "
             f"use a number of GPUs that divides it, {_divisor(run.global_batch_size, world_size)} for example"
         )
     if not found.fitting:
-        raise _too_large(found, device)
+        raise _too_large(run, smallest, device)
     found.settle()
+    return found
+
+
+def _find(run: RunFacts, world_size: int, device: Device, limit: int) -> Found:
+    found = Found(limit)
+    for layout in meshes(run, world_size, device):
+        _weigh(run, layout, device, found)
     return found
 
 
@@ -174,33 +191,22 @@ def _variants(run: RunFacts, layout: Layout) -> Iterator[ParallelConfig]:
 
 
 def _weigh(run: RunFacts, layout: Layout, device: Device, found: Found) -> None:
-    smallest: Estimate | None = None
-    fits = False
     for parallel in _variants(run, layout):
         for size in MICRO_BATCHES:
             count, left = divmod(run.global_batch_size, size * layout.data_size)
             if left or not count or not _schedules(parallel, count):
                 continue
-            for again in RECOMPUTED:
-                if "zero_bubble" in parallel.pp_schedule and again.mode != "none":
-                    break
+            whole = "zero_bubble" in parallel.pp_schedule
+            for again in RECOMPUTED[:1] if whole else RECOMPUTED:
                 found.weighed += 1
                 arrangement = Arrangement(parallel, size, again)
                 if least_seconds(run, arrangement, device) >= found.to_beat:
                     break
-                time = predict_step_time(run, arrangement, device)
-                if time.total >= found.to_beat:
+                this = estimate(run, arrangement, device)
+                found.add(this)
+                # what recomputes more takes longer
+                if this.fits or this.time.total >= found.to_beat:
                     break
-                memory = predict_memory(run, arrangement, device)
-                this = Estimate(run, arrangement, device, memory, time)
-                if this.fits:
-                    found.add(this)
-                    fits = True
-                    break
-                if smallest is None or memory.total < smallest.memory.total:
-                    smallest = this
-    if smallest is not None and not fits:
-        found.add_too_large(smallest)
 
 
 def _schedules(parallel: ParallelConfig, count: int) -> bool:
@@ -211,17 +217,18 @@ def _schedules(parallel: ParallelConfig, count: int) -> bool:
     return parallel.pp_schedule in MANY_STAGES or count >= parallel.pp
 
 
-def _too_large(found: Found, device: Device) -> LayoutError:
-    least = found.too_large[0]
-    needed, world = format_bytes(round(least.memory.total)), least.arrangement.layout.world_size
-    steady = least.memory.weights + least.memory.gradients + least.memory.optimizer
-    more = world * 2
-    while steady * world / more + least.memory.total - steady > device.memory_bytes and more < world * 2**12:
-        more *= 2
+def _too_large(run: RunFacts, least: Estimate, device: Device) -> LayoutError:
+    world = least.arrangement.layout.world_size
+    more = next((world * 2**n for n in range(1, 11) if _find(run, world * 2**n, device, 1).fitting), None)
+    advice = (
+        f"use {more} of them"
+        if more
+        else "use a larger data.global_batch_size, which more ranks can share out"
+    )
     return LayoutError(
-        f"no layout of {world} x {device.name} fits: {least.arrangement.layout} with full recomputation needs least, "
-        f"{needed} of {format_bytes(device.memory_bytes)} on each: use about {more} of them, a device with more "
-        f"memory, or a smaller model"
+        f"no layout of {world} x {device.name} fits: {least.arrangement.layout} needs least, "
+        f"{format_bytes(round(least.memory.total))} of {format_bytes(device.memory_bytes)} on each: {advice}, a device "
+        f"with more memory, or a smaller model"
     )
 
 

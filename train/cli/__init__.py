@@ -10,6 +10,7 @@ from train.cli import (
     generate,
     jobs,
     ladder,
+    plan,
     plot,
     prepare,
     scaling,
@@ -35,6 +36,7 @@ app.command()(generate.generate)
 app.command()(verify.verify)
 app.command()(evaluate.evaluate)
 app.command()(plot.plot)
+app.command()(plan.plan)
 app.command()(ladder.ladder)
 app.command("export")(convert.export_)
 app.command("import")(convert.import_)

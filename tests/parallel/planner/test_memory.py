@@ -1,0 +1,91 @@
+"""The predicted peak of memory is the one that real steps have, as a CPU's allocator counts it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.activation_memory import measure
+from parallel.build import Blueprint
+from parallel.config import Precision
+from parallel.context import Context
+from parallel.mesh import Mesh
+from parallel.planner.activations import kept_of_layer
+from parallel.planner.hardware import load_device
+from parallel.planner.memory import predict_memory
+from parallel.planner.rank import under_way
+from parallel.simulate import simulated_rank
+from tests.parallel.planner.cases import GPT, LLAMA, MOE, PARALLEL, SANDWICH, SHARED, WIDE, arranged, run_of
+from tests.parallel.planner.measured import measured_peak
+
+CPU = load_device("cpu")
+
+PEAKS: list[tuple[str, dict[str, Any], Precision, int, int, str, dict[str, int]]] = [
+    ("one rank", LLAMA, "bf16", 4, 4, "none", {}),
+    ("one rank in fp32, accumulating", LLAMA, "fp32", 2, 1, "none", {}),
+    ("selective", LLAMA, "bf16", 4, 2, "selective", {}),
+    ("full", LLAMA, "bf16", 4, 4, "full", {}),
+    ("every other layer", LLAMA, "bf16", 4, 4, "every_nth", {}),
+    ("layer norm, tied, learned positions", GPT, "bf16", 4, 2, "none", {}),
+    ("large vocabulary", WIDE, "bf16", 2, 1, "none", {}),
+    ("experts", MOE, "bf16", 4, 4, "none", {}),
+    ("sharded", LLAMA, "bf16", 8, 2, "none", {"dp_shard": 4}),
+    ("sharded over many", LLAMA, "bf16", 64, 1, "full", {"dp_shard": 64}),
+    ("replicas", LLAMA, "bf16", 16, 1, "none", {"dp_replicate": 2, "dp_shard": 4}),
+    ("tensor parallel", LLAMA, "bf16", 8, 2, "selective", {"dp_shard": 2, "tp": 4}),
+    ("context parallel", LLAMA, "bf16", 8, 2, "none", {"dp_shard": 2, "cp": 2}),
+    ("gathered weights kept", LLAMA, "bf16", 8, 2, "full", {"dp_shard": 2, "reshard_after_forward": False}),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "sequences", "micro", "again", "sizes"),
+    [case[1:] for case in PEAKS],
+    ids=[case[0] for case in PEAKS],
+)
+def test_the_peak_is_within_a_tenth(
+    model: dict[str, Any], precision: Precision, sequences: int, micro: int, again: str, sizes: dict[str, int]
+) -> None:
+    run, arrangement = run_of(model, precision, sequences), arranged(micro, again, **sizes)
+    predicted = predict_memory(run, arrangement, CPU)
+    assert predicted.total == pytest.approx(measured_peak(run, arrangement), rel=0.1)
+    assert predicted.reserve == 0
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 4}, {"tp": 4, "cp": 2}, {"cp": 4}], ids=str)
+@pytest.mark.parametrize("model", [LLAMA, GPT, MOE, SHARED, SANDWICH, PARALLEL], ids=range(6))
+def test_layers_keep_what_their_twins_keep(model: dict[str, Any], sizes: dict[str, int]) -> None:
+    """The layout's own measurement, of every layer and each way of recomputing, is met within a tenth."""
+    run, arrangement = run_of(model), arranged(2, **sizes)
+    with simulated_rank(0, arrangement.layout.world_size):
+        mesh = Mesh(arrangement.layout, "cpu")
+        context = Context(mesh.cp) if arrangement.layout.cp > 1 else None
+        blueprint = Blueprint(run.model, arrangement.parallel, mesh, context)
+        kept = measure(blueprint, torch.bfloat16, (2, run.seq_len))
+    for name, measured in kept.items():
+        experts = int(name.rpartition(".")[2]) in run.model.moe_layers
+        predicted = kept_of_layer(run, arrangement, "cpu", experts=experts)
+        for how, size in measured.items():
+            assert predicted.of(how) == pytest.approx(size, rel=0.1), (name, how)
+
+
+def test_a_gpu_needs_less_for_norms_and_has_a_reserve() -> None:
+    run, arrangement, gpu = run_of(LLAMA), arranged(4), load_device("h100-80gb")
+    on_gpu, on_cpu = (predict_memory(run, arrangement, device) for device in (gpu, CPU))
+    assert on_gpu.activations < on_cpu.activations
+    assert on_gpu.reserve > gpu.reserved_gib * 2**30
+    assert on_gpu.total == pytest.approx(sum(on_gpu.parts.values()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("gpipe", [8, 8]), ("1f1b", [4, 1]), ("interleaved_1f1b", [5.5, 2.5]), ("zbv_zero_bubble", [4, 4])],
+)
+def test_micro_batches_under_way(schedule: str, expected: list[float]) -> None:
+    """Of four ranks the first and the last, at eight micro-batches a step."""
+    run = run_of({**LLAMA, "num_layers": 8}, sequences=8)
+    arrangement = arranged(1, pp=4, pp_schedule=schedule)
+    from parallel.planner.rank import ranks_of
+
+    found = [under_way(arrangement, rank, 8) for rank in ranks_of(run, arrangement)]
+    assert found == expected
