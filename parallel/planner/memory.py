@@ -92,17 +92,32 @@ def _passes(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceT
     root, gathering = (all_, 0) if arrangement.keeps_gathered else (rank.root.padded(layout) * a, 1)
     largest = rank.largest_layer.padded(layout) * a
     yield Memory(gathered=root + gathering * largest, activations=kept, logits=in_loss)
-    for layer in _layers(run, arrangement, rank, device):
-        held, padded = layer.parameters, layer.parameters.padded(layout)
+    layers = list(_layers(run, arrangement, rank, device))
+    for layer, previous in zip(layers, [*layers[1:], layers[0]], strict=True):
+        held, expert = layer.parameters, layer.parameters.padded_experts(layout)
+        dense = held.padded(layout) - expert
+        # what the gradients of the layer before are reduced in; experts have theirs by themselves, and first
+        reducing, own_reducing = (
+            (dense * run.master_size, expert * run.master_size) if layout.pp == 1 else (0, 0)
+        )
         # this layer's weights, and those of the next, which is being gathered
-        gathered = root + gathering * 2 * padded * a
-        reducing = padded * run.master_size if layout.pp == 1 else 0
-        for own, gradients in ((layer.in_feedforward, layer.last_product), (layer.in_attention, held.computed)):
-            now = Memory(gathered=gathered + gradients * a, logits=after_loss)
-            yield replace(now, activations=kept - layer.kept + own)
+        at_work = root + gathering * 2 * dense * a
+        in_feedforward = Memory(
+            gathered=at_work + (gathering * 2 * expert + layer.last_product) * a,
+            activations=kept - layer.kept + layer.in_feedforward,
+            logits=after_loss,
+        )
+        in_attention = Memory(
+            gathered=at_work + held.whole * a + own_reducing,
+            activations=kept - layer.kept + layer.in_attention,
+            logits=after_loss,
+        )
+        for now in (in_feedforward, in_attention):
+            yield now
             if rank.layers > 1:
+                another = 0 if now is in_attention and expert else reducing
                 yield replace(
-                    now, gathered=now.gathered + reducing, activations=kept - 2 * layer.kept + own
+                    now, gathered=now.gathered + another, activations=now.activations - previous.kept
                 )
 
 
