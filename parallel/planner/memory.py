@@ -75,7 +75,7 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     after = master * (stored if reduces_each or one else computed)
     moments = (
         *(replace(moment, gradients=before) for moment in _passes(run, arrangement, rank, device)),
-        *(replace(moment, gradients=after) for moment in _ends(run, arrangement, rank)),
+        *(replace(moment, gradients=after) for moment in _ends(run, arrangement, rank, device)),
         Memory(gradients=stored * master),
     )
     most = max(moments, key=lambda memory: memory.total)
@@ -87,7 +87,8 @@ def _passes(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceT
     layout, a = arrangement.layout, run.itemsize
     in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
     kept = sum(layer.kept * layer.count for layer in _layers(run, arrangement, rank, device))
-    kept = kept * under_way(arrangement, rank, arrangement.micro_batches(run)) + _received(run, arrangement, rank)
+    times = under_way(arrangement, rank, arrangement.micro_batches(run))
+    kept = kept * times + _between_stages(run, arrangement, rank, times)
     all_ = rank.all.padded(layout) * a
     root, gathering = (all_, 0) if arrangement.keeps_gathered else (rank.root.padded(layout) * a, 1)
     largest = rank.largest_layer.padded(layout) * a
@@ -116,12 +117,14 @@ def _passes(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceT
             yield now
             if rank.layers > 1:
                 another = 0 if now is in_attention and expert else reducing
+                # where weights stay gathered, they do until their backward
+                let_go = previous.parameters.padded(layout) * a if not gathering and layout.pp == 1 else 0
                 yield replace(
-                    now, gathered=now.gathered + another, activations=now.activations - previous.kept
+                    now, gathered=now.gathered + another - let_go, activations=now.activations - previous.kept
                 )
 
 
-def _ends(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Memory]:
+def _ends(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Iterator[Memory]:
     """When all gradients of the root are there, and when they are reduced."""
     layout, a, master = arrangement.layout, run.itemsize, run.master_size
     root, padded = rank.root.computed, rank.root.padded(layout)
@@ -130,9 +133,12 @@ def _ends(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Memor
     gradients = root * (3 if twice else 1) * a
     first_layer = rank.largest_layer.padded(layout) * master if layout.pp == 1 else 0
     kept = rank.all.padded(layout) * a if arrangement.keeps_gathered else padded * a
-    yield Memory(gathered=kept + gradients + first_layer)
-    others = kept - padded * a
-    yield Memory(gathered=others + root * a + padded * master * (1 if layout.shard_size > 1 else 2))
+    accumulates = layout.pp > 1 or layout.shard_size == 1
+    widened = root * master if accumulates and device == "cpu" and a < WIDE else 0
+    received = _between_stages(run, arrangement, rank, 0)
+    yield Memory(gathered=kept + gradients + first_layer + widened, activations=received)
+    reducing = root * a + padded * master * (1 if layout.shard_size > 1 else 2)
+    yield Memory(gathered=kept - padded * a + reducing, activations=received)
 
 
 @dataclass(frozen=True)
@@ -168,12 +174,14 @@ def _layers(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceT
             )
 
 
-def _received(run: RunFacts, arrangement: Arrangement, rank: Rank) -> float:
-    """What a stage of a pipeline is sent by those next to it, of all micro-batches of a step."""
+def _between_stages(run: RunFacts, arrangement: Arrangement, rank: Rank, times: float) -> float:
+    """What stages of a pipeline are sent by those next to them, for all micro-batches of a step, and what they send on,
+    of those that are under way."""
     shape, last = Shape.of(run, arrangement), arrangement.parallel.num_stages - 1
     size = shape.tokens * run.model.d_model * shape.itemsize
-    neighbours = sum((stage > 0) + (stage < last) for stage in rank.stage_numbers)
-    return neighbours * size * arrangement.micro_batches(run)
+    after = sum(stage < last for stage in rank.stage_numbers)
+    before = sum(stage > 0 for stage in rank.stage_numbers)
+    return size * ((before + after) * arrangement.micro_batches(run) + after * times)
 
 
 def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float]:

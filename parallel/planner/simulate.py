@@ -63,19 +63,20 @@ def simulate(
 
 def _check(run: RunFacts, arrangement: Arrangement) -> None:
     """Raises LayoutError where what is asked for can't be simulated."""
-    parallel = arrangement.parallel
-    checks: tuple[tuple[str, object, object, str], ...] = (
-        ("parallel.engine", parallel.engine, "deepspeed", "torch"),
-        ("parallel.cpu_offload", parallel.cpu_offload, True, "false"),
-        ("compile.enabled", run.compiled, True, "false"),
-        ("model.attention.kernel", run.model.attention.kernel, "flex", "auto"),
+    parallel, again = arrangement.parallel, arrangement.activation_checkpoint.mode
+    two_halves = "zero_bubble" in parallel.pp_schedule and parallel.pp > 1
+    checks: tuple[tuple[str, object, bool, str], ...] = (
+        ("parallel.engine", parallel.engine, parallel.engine == "deepspeed", "torch"),
+        ("parallel.cpu_offload", "true", parallel.cpu_offload, "false"),
+        ("compile.enabled", "true", run.compiled, "false"),
+        ("model.attention.kernel", "flex", run.model.attention.kernel == "flex", "auto"),
+        # either half would recompute again and again
+        ("activation_checkpoint.mode", again, two_halves and again != "none", "none"),
     )
     for name, value, refused, works in checks:
-        if value == refused:
-            raise LayoutError(
-                f"{name}={str(value).lower()} can't be simulated, on this CPU and on tensors without values: "
-                f"use {name}={works} with --simulate"
-            )
+        if refused:
+            of = f" with parallel.pp_schedule={parallel.pp_schedule}" if name.endswith("mode") else ""
+            raise LayoutError(f"{name}={value}{of} can't be simulated: use {name}={works} with --simulate")
 
 
 def _engine_config(run: RunFacts, arrangement: Arrangement) -> EngineConfig:

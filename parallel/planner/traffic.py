@@ -12,6 +12,7 @@ from model.config import known
 from parallel.layout import Layout
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.parameters import held
 from parallel.planner.rank import Rank
 from parallel.planner.work import needs_last_product
 from parallel.stages import rank_of

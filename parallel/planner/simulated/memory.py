@@ -22,6 +22,9 @@ BUFFERS = (torch.ops.fsdp.all_gather_copy_in.default, torch.ops.c10d._reduce_sca
 TO_REDUCE = torch.ops.fsdp.chunk_cat.default
 """What takes whole gradients."""
 
+BINARY = tuple(getattr(torch.ops.aten, name).Tensor for name in ("add", "add_", "mul", "mul_", "sub", "sub_"))
+"""What on a CPU widens the narrower of two tensors before it starts."""
+
 MAKERS = {"_TokenLossSumBackward": "logits", "EmbeddingBackward0": "gathered"}
 """To which part belongs what a backward makes, by its name."""
 
@@ -44,6 +47,8 @@ class MemoryLog:
             self._number(storage)
         if operator in BUFFERS:
             self._mark_passing("gathered", args)
+        elif operator in BINARY:
+            self._widened(*args[:2])
         elif operator is TO_REDUCE:
             self._mark_passing(self._whole_gradients, args)
             self._mark_passing("gathered", kwargs)
@@ -59,6 +64,17 @@ class MemoryLog:
 
     def _stays(self, tensor: Tensor) -> bool:
         return self._parts[self._number(tensor.untyped_storage())] in STEADY
+
+    def _widened(self, one: Any, other: Any) -> None:
+        """A copy that an operator makes inside, and lets go."""
+        tensors = [each for each in (one, other) if isinstance(each, Tensor) and each.dim()]
+        wide = max((each.itemsize for each in tensors), default=0)
+        for each in tensors:
+            if each.itemsize < wide:
+                number = len(self._parts)
+                self._parts.append(self._part or _part_by_maker())
+                self._events += [(number, each.numel() * wide), (number, -each.numel() * wide)]
+                self._sizes.append(0)
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:

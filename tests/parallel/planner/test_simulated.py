@@ -1,6 +1,5 @@
 """What the planner works out is what a simulated rank of the real job does: memory, FLOPs, bytes per collective."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("1b", 512, 0, {"parallel.tp": 4, "parallel.cp": 2, "activation_checkpoint.mode": "every_nth"}),
     ("1b", 64, 0, {"parallel.pp": 4, "parallel.tp": 2}),
     ("1b", 64, 3, {"parallel.pp": 4, "parallel.tp": 2}),
-    ("1b", 64, 1, {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "model.tie_embeddings": False}),
+    ("1b", 64, 1, {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "data.global_batch_size": 256}),
     ("7b", 256, 0, {"parallel.reshard_after_forward": False, "data.global_batch_size": 256}),
     ("moe-8x1b", 64, 0, {"parallel.ep": 8, "activation_checkpoint.mode": "none"}),
     ("moe-8x1b", 256, 0, {"parallel.ep": 4, "parallel.tp": 2, "parallel.cp": 2, "data.global_batch_size": 64}),
@@ -78,3 +77,70 @@ def check(comparison: Comparison) -> None:
 def test_a_plan_is_what_a_rank_does(name: str, ranks: int, place: int, overrides: dict[str, Any]) -> None:
     run, arrangement = of_preset(name, ranks, SHALLOW | overrides)
     check(compare(run, arrangement, place, simulated(run, arrangement, place)))
+
+
+@pytest.mark.slow
+def test_the_70b_preset_on_4096_ranks() -> None:
+    overrides = {"run.steps": 1, "data.path": "unused", "parallel.tp": 8, "parallel.dp_replicate": 2}
+    run, arrangement = of_preset("70b", 4096, overrides)
+    assert arrangement.layout.world_size == 4096
+    check(compare(run, arrangement, 0, simulated(run, arrangement)))
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "again"),
+    [
+        (LLAMA, {"dp_shard": 4}, "none"),
+        (LLAMA, {"dp_shard": 2, "tp": 4}, "selective"),
+        (LLAMA, {"dp_replicate": 2, "dp_shard": 2, "cp": 2}, "full"),
+        (GPT, {"dp_shard": 4}, "every_nth"),
+        (MOE, {"dp_shard": 4}, "full"),
+    ],
+    ids=["sharded", "tensor", "context", "gpt", "experts"],
+)
+def test_memory_is_what_real_tensors_take(model: dict[str, Any], sizes: dict[str, int], again: str) -> None:
+    """The CPU's allocator, in the same step on tensors that have values, has the same peak."""
+    run, arrangement = run_of(model, sequences=8), arranged(2, again, **sizes)
+    took = sum(simulated(run, arrangement).memory.values())
+    assert took == pytest.approx(measured_peak(run, arrangement), rel=0.03)
+
+
+def test_flops_of_all_ranks_together_are_the_models() -> None:
+    """Without recomputation; of causal attention's backward the scores are made twice."""
+    run, arrangement = run_of(LLAMA, sequences=8), arranged(2, dp_shard=2, tp=2, cp=2)
+    step = simulated(run, arrangement)
+    ranks, model = arrangement.layout.world_size, flops_per_token(run.model, run.seq_len) * run.tokens_per_step
+    assert ranks * (step.matmul + step.attention * 3 / 3.5) == pytest.approx(model, rel=0.01)
+
+
+def test_collectives_are_counted_by_kind_and_dimension() -> None:
+    """Of a step of two micro-batches, whose shapes are known."""
+    run, arrangement = run_of(LLAMA, sequences=8), arranged(2, dp_shard=2, cp=4)
+    traffic = simulated(run, arrangement).traffic
+    # four exchanges of each layer's attention, forward and backward, in each micro-batch
+    assert traffic["all_to_all", "cp"].count == 2 * 4 * 4 * 2
+    # a layer's weights are gathered twice in each, the root's once
+    assert traffic["all_gather", "dp_shard"].count == 2 * (4 * 2 + 1)
+    assert traffic["reduce_scatter", "dp_shard"].count == 2 * (4 + 1)
+    assert not {dimension for _, dimension in traffic} & {"tp", "pp", "ep", "dp_replicate"}
+
+
+def test_activations_are_sent_between_stages() -> None:
+    run, arrangement = run_of(LLAMA, sequences=8), arranged(1, pp=4)
+    size = run.seq_len * run.model.d_model * run.itemsize
+    for place, neighbours in ((0, 1), (1, 2), (3, 1)):
+        sent = simulated(run, arrangement, place).traffic["send", "pp"]
+        assert (sent.count, sent.bytes) == (8 * neighbours, 8 * neighbours * size)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "named"),
+    [
+        ({"engine": "deepspeed"}, "parallel.engine=deepspeed"),
+        ({"cpu_offload": True}, "parallel.cpu_offload=true"),
+        ({"pp": 2, "pp_schedule": "zbv_zero_bubble"}, "activation_checkpoint.mode=full"),
+    ],
+)
+def test_what_cant_be_simulated_is_refused_in_one_line(parallel: dict[str, Any], named: str) -> None:
+    with pytest.raises(LayoutError, match=f"^{named}.* use [^\n]*$"):
+        simulated(run_of(LLAMA, sequences=8), arranged(1, "full", **parallel))
