@@ -177,6 +177,12 @@ def arrangement_of(config: Config, layout: Layout) -> Arrangement:
         raise ConfigError(
             "activation_checkpoint.mode=auto decides when a run starts: plan with none, selective, every_nth or full"
         )
+    schedule, mode = config.parallel.pp_schedule, config.activation_checkpoint.mode
+    if schedule == "interleaved_zero_bubble" or (schedule == "zbv_zero_bubble" and mode != "none"):
+        raise ConfigError(
+            f"parallel.pp_schedule={schedule} with activation_checkpoint.mode={mode} can't be planned: use "
+            f"parallel.pp_schedule=interleaved_1f1b, or zbv_zero_bubble with activation_checkpoint.mode=none"
+        )
     sizes = {name: getattr(layout, name) for name in SIZES}
     parallel = config.parallel.model_copy(update=sizes)
     model = config.model

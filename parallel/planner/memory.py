@@ -73,8 +73,15 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     # before the last backward of a step
     before = 0.0 if one else master * (stored if reduces_each else computed)
     after = master * (stored if reduces_each or one else computed)
+    at_once = under_way(arrangement, rank, arrangement.micro_batches(run))
+    # with all forwards first, there are no gradients while most is kept
+    at_work = ((at_once, 0.0), (1.0, before)) if all_first(arrangement) else ((at_once, before),)
     moments = (
-        *(replace(moment, gradients=before) for moment in _passes(run, arrangement, rank, device)),
+        *(
+            replace(moment, gradients=reduced)
+            for several, reduced in at_work
+            for moment in _passes(run, arrangement, rank, device, several)
+        ),
         *(replace(moment, gradients=after) for moment in _ends(run, arrangement, rank, device)),
         Memory(gradients=stored * master),
     )
@@ -82,13 +89,22 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     return replace(most, weights=steady.weights, optimizer=steady.optimizer)
 
 
-def _passes(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Iterator[Memory]:
-    """In the loss, and in the backward of the last layer and of the one before it."""
+def all_first(arrangement: Arrangement) -> bool:
+    """Whether all forwards of a step come before its first backward."""
+    return arrangement.layout.pp > 1 and arrangement.parallel.pp_schedule == "gpipe"
+
+
+def _passes(
+    run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType, several: float
+) -> Iterator[Memory]:
+    """In the loss, and in the backward of the last layer and of the one before it, of several micro-batches that are
+    under way."""
     layout, a = arrangement.layout, run.itemsize
-    in_loss, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0)
+    in_loss, waiting, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0, 0.0)
+    others = (several - 1) * waiting if all_first(arrangement) else 0.0
+    in_loss, after_loss = in_loss + others, after_loss + others
     kept = sum(layer.kept * layer.count for layer in _layers(run, arrangement, rank, device))
-    times = under_way(arrangement, rank, arrangement.micro_batches(run))
-    kept = kept * times + _between_stages(run, arrangement, rank, times)
+    kept = kept * several + _between_stages(run, arrangement, rank, several)
     all_ = rank.all.padded(layout) * a
     root, gathering = (all_, 0) if arrangement.keeps_gathered else (rank.root.padded(layout) * a, 1)
     largest = rank.largest_layer.padded(layout) * a
@@ -184,8 +200,8 @@ def _between_stages(run: RunFacts, arrangement: Arrangement, rank: Rank, times: 
     return size * ((before + after) * arrangement.micro_batches(run) + after * times)
 
 
-def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float]:
-    """What the loss takes while it is computed, and what of it is left for the backward."""
+def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float, float]:
+    """What the loss takes while it is computed, until its backward, and after that."""
     model, shape = run.model, Shape.of(run, arrangement)
     d, a = model.d_model, shape.itemsize
     hidden = shape.tokens * d * a
@@ -198,4 +214,4 @@ def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[
     # what a chunk adds to the head's gradient is made in slices; a CPU widens it before it adds
     piece = min(rows, VOCABULARY_SLICE) * d * (a + (WIDE if device == "cpu" else 0)) if narrow else 0
     cast = rows * d * a if narrow else 0
-    return norm + 2 * hidden + head + max(logits + piece, cast), rows * d * a
+    return norm + 2 * hidden + head + max(logits + piece, cast), norm + hidden + head, rows * d * a

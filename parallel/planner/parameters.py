@@ -108,8 +108,11 @@ def take_inventory(config: ModelConfig) -> Inventory:
     )
 
 
-def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, sequence_parallel: bool) -> Held:
-    """What the rank with the most holds of parameters, cut over tp or ep and then sharded by rows."""
+def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, shares_tokens: bool) -> Held:
+    """What the rank with the most holds of parameters, cut over tp or ep and then sharded by rows.
+
+    shares_tokens: tensor-parallel ranks compute the gradient of what they all have on different tokens.
+    """
     total = Held()
     for shape, sharding in parameters:
         if sharding == "experts":
@@ -122,7 +125,7 @@ def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, sequ
         if dim is not None:
             cut[dim] = _most(shape[dim], layout.tp)
         shard = _rows(cut, layout.shard_size)
-        partial = layout.tp > 1 and dim is None and (sequence_parallel or sharding != "replicated")
+        partial = layout.tp > 1 and dim is None and (shares_tokens or sharding != "replicated")
         total += Held(prod(cut), shard, partial=shard if partial else 0)
     return total
 

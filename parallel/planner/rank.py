@@ -63,8 +63,9 @@ def _rank_at(run: RunFacts, arrangement: Arrangement, place: int) -> Rank:
     experts = sum(layer in run.model.moe_layers for layer in layers)
     is_first, is_last = 0 in stages, parallel.num_stages - 1 in stages
 
-    def mine(parameters: Parameters) -> Held:
-        return held(parameters, layout, inventory.kv_heads, sequence_parallel=parallel.sequence_parallel)
+    def mine(parameters: Parameters, *, in_layer: bool = False) -> Held:
+        shares_tokens = in_layer and parallel.sequence_parallel
+        return held(parameters, layout, inventory.kv_heads, shares_tokens=shares_tokens)
 
     root = mine(inventory.everywhere)
     if is_first or (is_last and run.model.tie_embeddings):
@@ -78,8 +79,8 @@ def _rank_at(run: RunFacts, arrangement: Arrangement, place: int) -> Rank:
         experts,
         is_first,
         is_last,
-        mine(inventory.dense_layer),
-        mine(inventory.expert_layer),
+        mine(inventory.dense_layer, in_layer=True),
+        mine(inventory.expert_layer, in_layer=True),
         root,
     )
 
@@ -93,8 +94,8 @@ def ranks_of(run: RunFacts, arrangement: Arrangement) -> Iterator[Rank]:
 def under_way(arrangement: Arrangement, rank: Rank, micro_batches: int) -> float:
     """Micro-batches of which a rank holds what all its layers keep, at most at once.
 
-    1F1B: Narayanan et al. 2021, section 2.2; interleaved: their 2.2, warm-up of torch's schedule; zero bubble as
-    interleaved 1F1B; ZBV: Qi et al. 2023, section 6: that of 1F1B's first rank on all.
+    1F1B and interleaved 1F1B: Narayanan et al. 2021, section 2.2, and the warm-up of torch's schedule. ZBV: as 1F1B's
+    first rank, on all (Qi et al. 2024).
     """
     pp, schedule = arrangement.layout.pp, arrangement.parallel.pp_schedule
     if pp == 1:

@@ -201,9 +201,8 @@ def bubble(
 ) -> float:
     """Time that a rank waits, over the time that it works.
 
-    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. Zero bubble: with F, B and W the times of the
-    forward and of the gradients of activations and of weights, (p - 1)(F + B - W) (ZB-H1 of Qi et al. 2023, table 1),
-    over the stages of a rank, and (p - 1)(F + B - 2W) of ZBV. Products take as long in each of the three; attention has
+    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. ZBV: (p - 1)(F + B - 2W), F, B
+    and W being the times of the forward and of the gradients of activations and of weights (Qi et al. 2024). Products take as long in each of the three; attention has
     no weights.
     """
     pp, schedule = arrangement.layout.pp, arrangement.parallel.pp_schedule
@@ -220,6 +219,4 @@ def bubble(
     )
     whole = 3 * product + (1 + FLASH_BACKWARD) * mixing
     left = (1 + FLASH_BACKWARD) * mixing
-    if schedule == "interleaved_zero_bubble":
-        left = (left + product) / (arrangement.parallel.stages_per_rank or 1)
     return of_one * left / whole

@@ -194,6 +194,6 @@ def _pipeline(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[E
     yield Exchange("send", "pp", layout.pp, stride, sends * arrangement.micro_batches(run), size, "tokens")
     if run.model.tie_embeddings and (rank.is_first or rank.is_last):
         tables = [each for each in run.inventory.entrance if each.sharding == "vocabulary"]
-        table = held(tables, layout, run.inventory.kv_heads, sequence_parallel=parallel.sequence_parallel)
+        table = held(tables, layout, run.inventory.kv_heads, shares_tokens=False)
         ends = stride * (layout.pp - 1)
         yield Exchange("all_reduce", "pp", 2, ends, 1, table.shard * run.master_size, "tied embedding")

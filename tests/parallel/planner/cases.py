@@ -26,7 +26,10 @@ GPT: dict[str, Any] = {
     "norm": {"type": "layernorm"},
 }
 MOE = {**LLAMA, "moe": {"num_experts": 8, "top_k": 2, "d_ff": 128}}
-SHARED = {**LLAMA, "moe": {"num_experts": 8, "top_k": 2, "d_ff": 128, "num_shared_experts": 1, "first_layer": 1}}
+SHARED = {
+    **LLAMA,
+    "moe": {"num_experts": 8, "top_k": 2, "d_ff": 128, "num_shared_experts": 1, "first_layer": 1},
+}
 WIDE = {**LLAMA, "vocab_size": 16384, "num_layers": 2}
 SANDWICH = {**LLAMA, "norm": {"placement": "sandwich"}}
 PARALLEL = {**LLAMA, "parallel_layers": True, "positional": {"encoding": "none"}}

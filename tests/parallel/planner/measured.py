@@ -1,15 +1,19 @@
 """The peak of a rank's memory in real steps on this CPU, by tracking what its allocator hands out."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.config import CompileConfig
 from parallel.engine import EngineConfig
+from parallel.gradients import local
 from parallel.mesh import Mesh
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.simulate import simulated_rank
@@ -40,21 +44,74 @@ def measured_peak(run: RunFacts, arrangement: Arrangement, rank: int = 0) -> int
     The other ranks are not there: collectives allocate what they would, and move nothing.
     """
     with simulated_rank(rank, arrangement.layout.world_size):
-        engine = _engine(run, arrangement)
-        sequences = run.global_batch_size // arrangement.layout.data_size
-        tokens = torch.zeros(sequences, run.seq_len, dtype=torch.int64)
-        batch = Sequences({"tokens": tokens}, tokens)
+        return peak_here(run, arrangement)
 
-        def step() -> None:
-            engine.forward_backward(batch, 0)
-            engine.step(0.0)
 
+def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
+    """The same of this process, in a group of as many as the layout has."""
+    engine = _engine(run, arrangement)
+    sequences = run.global_batch_size // arrangement.layout.data_size
+    tokens = torch.zeros(sequences, run.seq_len, dtype=torch.int64)
+    batch = Sequences({"tokens": tokens}, tokens)
+
+    def step() -> None:
+        engine.forward_backward(batch, 0)
+        engine.step(0.0)
+
+    step()
+    held = _bytes_of(engine)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-        held = _bytes_of(engine)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        dist.barrier()
     return held + _peak(profiler)
+
+
+class _Counter(TorchDispatchMode):
+    """Bytes of collectives by kind, the larger of what goes in and what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = operator(*args, **(kwargs or {}))
+        kind = KINDS.get(operator.name().rpartition("::")[2].partition(".")[0])
+        if kind is not None:
+            tensors = [leaf for leaf in tree_leaves((args, output)) if isinstance(leaf, Tensor)]
+            self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
+        return output
+
+
+KINDS = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+}
+
+
+def _grouped(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+GROUPED = {torch.ops.trireme.grouped_linear: _grouped, torch.ops.trireme.grouped_outer: _grouped}
+
+
+def counted_step(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
+    """FLOPs of a rank's matrix products in a real step, and the bytes of its collectives by kind."""
+    with simulated_rank(0, arrangement.layout.world_size):
+        engine = _engine(run, arrangement)
+        tokens = torch.zeros(
+            run.global_batch_size // arrangement.layout.data_size, run.seq_len, dtype=torch.int64
+        )
+        with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
+            engine.forward_backward(Sequences({"tokens": tokens}, tokens), 0)
+            engine.step(0.0)
+    return flops.get_total_flops(), dict(counter.bytes)
 
 
 def _engine(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
@@ -79,8 +136,6 @@ def _engine(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
 
 def _bytes_of(engine: TorchEngine) -> int:
     """Of weights and optimizer state, which were there before."""
-    from parallel.gradients import local
-
     state = [value for values in engine.optimizer.state.values() for value in values.values()]
     return sum(local(t).untyped_storage().nbytes() for t in (*engine.parameters.values(), *state))
 

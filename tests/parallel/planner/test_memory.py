@@ -13,10 +13,11 @@ from parallel.mesh import Mesh
 from parallel.planner.activations import kept_of_layer
 from parallel.planner.hardware import load_device
 from parallel.planner.memory import predict_memory
-from parallel.planner.rank import under_way
+from parallel.planner.rank import ranks_of, under_way
+from parallel.processes import WorkerPool
 from parallel.simulate import simulated_rank
 from tests.parallel.planner.cases import GPT, LLAMA, MOE, PARALLEL, SANDWICH, SHARED, WIDE, arranged, run_of
-from tests.parallel.planner.measured import measured_peak
+from tests.parallel.planner.measured import measured_peak, peak_here
 
 CPU = load_device("cpu")
 
@@ -52,6 +53,24 @@ def test_the_peak_is_within_a_tenth(
     assert predicted.reserve == 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "again"),
+    [
+        ("1f1b", "none"),
+        ("1f1b", "full"),
+        ("gpipe", "none"),
+        ("gpipe", "full"),
+        ("interleaved_1f1b", "selective"),
+        ("zbv_zero_bubble", "none"),
+    ],
+)
+def test_the_peak_of_a_pipeline(pools: dict[int, WorkerPool], schedule: str, again: str) -> None:
+    """Of two processes, the one that needs most."""
+    run, arrangement = run_of(LLAMA, sequences=8), arranged(1, again, pp=2, pp_schedule=schedule)
+    measured = max(pools[2].run(peak_here, run, arrangement))
+    assert predict_memory(run, arrangement, CPU).total == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"tp": 4}, {"tp": 4, "cp": 2}, {"cp": 4}], ids=str)
 @pytest.mark.parametrize("model", [LLAMA, GPT, MOE, SHARED, SANDWICH, PARALLEL], ids=range(6))
 def test_layers_keep_what_their_twins_keep(model: dict[str, Any], sizes: dict[str, int]) -> None:
@@ -85,7 +104,5 @@ def test_micro_batches_under_way(schedule: str, expected: list[float]) -> None:
     """Of four ranks the first and the last, at eight micro-batches a step."""
     run = run_of({**LLAMA, "num_layers": 8}, sequences=8)
     arrangement = arranged(1, pp=4, pp_schedule=schedule)
-    from parallel.planner.rank import ranks_of
-
     found = [under_way(arrangement, rank, 8) for rank in ranks_of(run, arrangement)]
     assert found == expected

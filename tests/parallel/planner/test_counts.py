@@ -1,0 +1,57 @@
+"""The predicted FLOPs and bytes of a step are those that a real step's operators have."""
+
+from typing import Any
+
+import pytest
+
+from parallel.planner.facts import RunFacts
+from parallel.planner.rank import rank_at
+from parallel.planner.traffic import bytes_by_kind, traffic_of_rank
+from parallel.planner.work import work_of_rank
+from tests.parallel.planner.cases import GPT, LLAMA, MOE, SANDWICH, SHARED, arranged, run_of
+from tests.parallel.planner.measured import counted_step
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"dp_shard": 4},
+    {"dp_shard": 2, "reshard_after_forward": False},
+    {"dp_replicate": 2, "dp_shard": 2},
+    {"tp": 4, "dp_shard": 2},
+    {"tp": 4, "sequence_parallel": False},
+    {"cp": 2, "dp_shard": 2},
+    {"tp": 2, "cp": 4},
+]
+
+
+CASES = [(LLAMA, sizes, again) for sizes in LAYOUTS for again in ("none", "full")]
+CASES += [(model, sizes, "full") for model in (GPT, SANDWICH, SHARED) for sizes in (LAYOUTS[3], LAYOUTS[4])]
+
+
+@pytest.mark.parametrize(("model", "sizes", "again"), CASES)
+def test_a_step_is_what_it_is_predicted_to_be(
+    model: dict[str, Any], sizes: dict[str, Any], again: str
+) -> None:
+    run, arrangement = run_of(model, sequences=8), arranged(1, again, **sizes)
+    flops, sent = counted_step(run, arrangement)
+    rank = rank_at(run, arrangement, 0)
+    work = work_of_rank(run, arrangement, rank).total.matmul * arrangement.micro_batches(run)
+    assert work == pytest.approx(flops, rel=0.05)
+    predicted: dict[str, float] = {}
+    for (kind, _), size in bytes_by_kind(traffic_of_rank(run, arrangement, rank)).items():
+        predicted[kind] = predicted.get(kind, 0.0) + size
+    few = 4096  # of counts, losses and norms
+    for kind in sent.keys() | predicted.keys():
+        assert predicted.get(kind, 0.0) == pytest.approx(sent.get(kind, 0.0), rel=0.05, abs=few), kind
+
+
+def test_experts_are_counted_by_those_that_are_used() -> None:
+    run, arrangement = run_of(MOE), arranged(1)
+    work = work_of_rank(run, arrangement, rank_at(run, arrangement, 0))
+    moe = run.model.moe
+    assert moe is not None
+    twice = run.model.model_copy(update={"moe": moe.model_copy(update={"num_experts": 16})})
+
+    more = work_of_rank(
+        RunFacts(twice, 256, 4), arrangement, rank_at(RunFacts(twice, 256, 4), arrangement, 0)
+    )
+    assert more.forward.matmul == pytest.approx(work.forward.matmul, rel=0.05)
