@@ -79,7 +79,7 @@ def build_shards(
     6. shard.
     """
     check_blocks(model_config, activation_checkpoint, compilation)
-    blueprint = Blueprint(model_config, parallel, mesh, context)
+    blueprint = Blueprint(model_config, parallel, mesh, context, fp8=precision == "fp8")
     by_budget = by_memory(blueprint, activation_checkpoint, precision, micro_batch)
     laid_out = LaidOut([], [], {}, by_budget)
     for stage in blueprint.stages:

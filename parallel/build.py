@@ -15,6 +15,7 @@ from parallel.config import ParallelConfig
 from parallel.context import Context, share_sequences
 from parallel.cut import Cut
 from parallel.expert import share_experts
+from parallel.fp8 import use_fp8
 from parallel.mesh import Mesh
 from parallel.pipeline import Stage
 from parallel.stages import split_layers, stages_of
@@ -39,6 +40,8 @@ class Blueprint:
     parallel: ParallelConfig
     mesh: Mesh
     context: Context | None
+    fp8: bool = False
+    """The blocks' linear layers compute in 8 bits."""
 
     @property
     def stages(self) -> list[int]:
@@ -47,13 +50,19 @@ class Blueprint:
         return stages_of(self.mesh.pp_rank, parallel.pp, parallel.num_stages, parallel.pp_schedule)
 
     def build(self, stage: int, dtype: torch.dtype) -> Built:
-        """Build on the meta device, so that no rank ever holds a whole model, and leave out what others have."""
+        """Build on the meta device, so that no rank ever holds a whole model, and leave out what others have.
+
+        Raises LayoutError where layers can't be computed as asked for.
+        """
         with torch.device("meta"):
             model = build_model(self.config).to(dtype)
             root: nn.Module = model
             if self.parallel.num_stages > 1:
                 root = self._stage(model, stage)
-            return Built(model, root, self._share_work(model))
+            cuts = self._share_work(model)
+            if self.fp8:
+                use_fp8(model.layers)
+            return Built(model, root, cuts)
 
     def _stage(self, model: Model, index: int) -> Stage:
         assert isinstance(model, Trunk)

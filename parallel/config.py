@@ -8,7 +8,7 @@ from parallel.sizes import parse_bytes
 from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.config import DeepSpeedConfig
 
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64", "fp8"]
 RecomputeMode = Literal["none", "selective", "full", "every_nth", "auto"]
 
 

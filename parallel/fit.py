@@ -10,7 +10,7 @@ from parallel.layout import Layout
 from parallel.sizes import format_bytes
 from parallel.stages import MANY_STAGES
 
-BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Of a number in an activation."""
 
 HAS_STAGES = ("transformer", "flow_matching", "image_codes")
@@ -87,6 +87,28 @@ def check_micro_batches(parallel: ParallelConfig, count: int) -> None:
         f"parallel.pp_schedule={parallel.pp_schedule} over parallel.pp={parallel.pp} ranks can't do {count} "
         f"micro-batch(es) a step: make it {wanted} by data.global_batch_size or data.micro_batch_size"
     )
+
+
+def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, precision: Precision) -> None:
+    """Raises LayoutError where blocks' linear layers can't compute in 8 bits, as far as that is seen from afar."""
+    if precision != "fp8":
+        return
+    if not isinstance(model, ModelConfig):
+        raise LayoutError(
+            f"precision=fp8: a model of type {model.type} is no transformer, whose blocks have the linear layers that "
+            f"compute in 8 bits: use precision=bf16"
+        )
+    head_dim, kv_heads = known(model.attention.head_dim), known(model.attention.num_kv_heads)
+    if kv_heads % layout.tp and head_dim % 16:
+        raise LayoutError(
+            f"precision=fp8: parallel.tp={layout.tp} leaves each rank one kv head of {head_dim} features, and 8-bit "
+            f"products want multiples of 16: use parallel.tp={_nearest(layout.tp, lambda tp: kv_heads % tp == 0)}"
+        )
+    if layout.pp > 1 and "zero_bubble" in parallel.pp_schedule:
+        raise LayoutError(
+            f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of precision=fp8 can't "
+            f"be: use parallel.pp_schedule=interleaved_1f1b, or precision=bf16"
+        )
 
 
 def check_budget(

@@ -27,6 +27,7 @@ COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp64": torch.float64,
+    "fp8": torch.bfloat16,  # of all but the blocks' linear layers
 }
 
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)

@@ -44,6 +44,23 @@ def add_partial(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     torch._foreach_copy_([g.view(-1) for g in locals_], list(sums))
 
 
-def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply all gradients by a scalar on their device, in place."""
-    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+def clip(
+    gradients: Sequence[Tensor], norm: Tensor, max_norm: float, loss_scale: Tensor | float = 1.0
+) -> None:
+    """Make gradients of a loss times `loss_scale`, in place, those of the loss, and their norm at most `max_norm`.
+
+    norm: (), of the loss's gradients. The host doesn't wait for it.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor.to(gradients[0].dtype))
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """Have a fused optimizer's next step change nothing if the norm isn't finite; returns 1 where it isn't, else 0, ().
+
+    It reads two attributes on the device, as under torch.amp.GradScaler.
+    """
+    overflow = (~norm.isfinite()).float()
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = overflow  # type: ignore[attr-defined]
+    return overflow

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, known
@@ -20,6 +19,7 @@ from model.weights import Declares
 from parallel.collectives import add, add_and_split, copy, gather, join, split
 from parallel.cut import DIM, Cut, Declared, declarations, keep_share
 from parallel.draws import OwnDraws
+from parallel.fp8 import product
 from parallel.router import route_whole_sequences
 from parallel.vocabulary import SharedVocabulary
 
@@ -127,7 +127,7 @@ def _rows_of_own_head(rows: int, kv_heads: int, group: dist.ProcessGroup) -> tup
 def _some_rows(linear: nn.Linear, start: int, stop: int) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         bias = None if linear.bias is None else linear.bias[start:stop]
-        return F.linear(x, linear.weight[start:stop], bias)
+        return product(linear, x, linear.weight[start:stop], bias)
 
     return forward
 
@@ -163,8 +163,8 @@ def _summed(linear: nn.Linear, leave: Callable[[Tensor], Tensor]) -> Callable[[T
     """A projection of this rank's features, whose bias is added once, to the sum."""
 
     def forward(x: Tensor) -> Tensor:
-        product = leave(F.linear(x, linear.weight))
-        return product if linear.bias is None else product + linear.bias
+        output = leave(product(linear, x, linear.weight))
+        return output if linear.bias is None else output + linear.bias
 
     return forward
 

@@ -13,12 +13,13 @@ from parallel.apply import LaidOut, lay_out
 from parallel.context import Context
 from parallel.cut import holders, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
+from parallel.fp8 import check_device
 from parallel.fsdp import COMPUTE_DTYPE
-from parallel.gradients import add_partial, global_norm, local, scale
+from parallel.gradients import add_partial, clip, global_norm, local, skip_unless_finite
 from parallel.loss_scale import LossScale
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline, SharedParameters, Stage
-from parallel.whole import Whole
+from parallel.whole import FsdpPasses
 
 
 class TorchEngine(Engine):
@@ -34,6 +35,8 @@ class TorchEngine(Engine):
         Raises LayoutError where what is asked for can't be laid out so.
         """
         parallel, precision = config.parallel, config.precision
+        if precision == "fp8":
+            check_device(device)
         self.device = device
         self.seed = config.seed
         self.mesh = mesh
@@ -46,7 +49,7 @@ class TorchEngine(Engine):
             (model,) = laid_out.roots
             self.model = model
             each = mesh.layout.shard_size > 1
-            self.passes = Whole(model, context, config.micro_batch_size, reduce_each=each)
+            self.passes = FsdpPasses(model, context, config.micro_batch_size, reduce_each=each)
         else:
             stages = cast("list[Stage]", laid_out.roots)
             self.model = nn.ModuleList(stages)
@@ -86,7 +89,6 @@ class TorchEngine(Engine):
     def step(self, lr: float) -> Tensor:
         """As `Engine.step` says, without asking the host whether the norm is finite."""
         named = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        gradients = list(named.values())
         add_partial([g for name, g in named.items() if self.cuts[name].partial], self.mesh.tp)
         self.shared.add(named)
         parts = defaultdict(list)
@@ -94,15 +96,11 @@ class TorchEngine(Engine):
             if name not in self.shared.counted_elsewhere:
                 parts[self._holders[name]].append(gradient)
         norm = global_norm(parts, self.mesh.pp) / self.loss_scale.scale
-        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        scale(gradients, (clip / self.loss_scale.scale).to(gradients[0].dtype))
-        overflow = (~norm.isfinite()).float()
+        clip(list(named.values()), norm, self.max_grad_norm, self.loss_scale.scale)
+        overflow = skip_unless_finite(self.optimizer, norm)
         self.loss_scale.update(overflow)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # the fused optimizers read these two attributes on the device, as under torch.amp.GradScaler
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = overflow  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._balance_experts(1 - overflow)

@@ -70,6 +70,8 @@ class HealthConfig(Section):
     """A shell command of your own: a node where it fails is bad."""
     collective: bool = True
     """Join all nodes in a group, exchange data, and show the bandwidth."""
+    bandwidth_gb: float = Field(0.0, ge=0)
+    """With `collective`: a node that exchanges less than this with both neighbours, in GB/s each way, is bad."""
     clock_skew_seconds: float = Field(2.0, gt=0)
     """With `collective`: a clock that is further off the nodes' median is bad."""
     timeout_seconds: int = Field(120, ge=1)

@@ -7,7 +7,7 @@
 # folder, and end; this shell then requeues the job, unless the user cancelled it.
 
 set -u
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || run=$run-$SLURM_ARRAY_TASK_ID
+run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 start=${SLURM_RESTART_COUNT:-0}

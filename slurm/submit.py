@@ -73,10 +73,14 @@ def submit(
         (run / job.config).parent.mkdir(parents=True)
         (run / "logs").mkdir(exist_ok=True)
         (run / job.config).write_text(text)
+    if job.array:
+        job.logs.mkdir()
+        for number, run in enumerate(job.folders):
+            (job.logs / str(number)).symlink_to(run / "logs")
     jobs = [call("sbatch", "--parsable", given=script).strip().partition(";")[0] for _ in range(chain)]
     revision, diff = _revision(project)
     for number, run in enumerate(configs):
-        own = [f"{name}_{number}" for name in jobs] if job.runs else jobs
+        own = [f"{name}_{number}" for name in jobs] if job.array else jobs
         record = Submission(own, time.time(), config.nodes, config.processes_per_node, [*command], revision)
         folder = (run / job.config).parent
         (folder / _SCRIPT).write_text(script)

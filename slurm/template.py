@@ -16,8 +16,8 @@ class Job:
     """What a job runs. Paths are absolute."""
 
     name: str
-    folder: Path
-    """The run's folder; of an array, what its numbers are appended to with a dash."""
+    folders: Sequence[Path]
+    """The run's folder; of an array, each run's."""
     working_folder: Path
     python: str
     config: str
@@ -29,8 +29,14 @@ class Job:
     `ok ...`, or what is wrong, into a file of the node's name in the folder."""
     grace_seconds: int
     """From the signal to the time limit."""
-    runs: int | None = None
-    """The number of runs of an array."""
+    array: bool = False
+    """Several runs, or one that is numbered as they are."""
+
+    @property
+    def logs(self) -> Path:
+        """Where Slurm writes; of an array below it are the numbers, links to the runs' own folders."""
+        first = self.folders[0]
+        return (first / self.config).parent / "logs" if self.array else first / "logs"
 
 
 def render(job: Job, config: SlurmConfig) -> str:
@@ -48,9 +54,11 @@ def render(job: Job, config: SlurmConfig) -> str:
 
 def _options(job: Job, config: SlurmConfig) -> Iterator[str]:
     """Options of sbatch, as a script's comments spell them."""
-    if "\\" in str(job.folder):
-        raise SlurmError(f"{job.folder}: Slurm can't write a log below a folder with a backslash: rename it")
-    folder = str(job.folder).replace("%", "%%") + ("-%a" if job.runs else "")
+    if "\\" in str(job.logs):
+        raise SlurmError(
+            f"{job.folders[0]}: Slurm can't write a log below a folder with a backslash: rename it"
+        )
+    logs = str(job.logs).replace("%", "%%") + ("/%a" if job.array else "")
     tasks = 1 if config.launcher == "torchrun" else config.processes_per_node
     yield f"job-name={_quoted(job.name)}"
     yield f"nodes={config.nodes}"
@@ -75,14 +83,14 @@ def _options(job: Job, config: SlurmConfig) -> Iterator[str]:
     yield "requeue" if config.requeue else "no-requeue"
     yield "open-mode=append"
     yield f"chdir={_quoted(str(job.working_folder))}"
-    yield f"output={_quoted(f'{folder}/logs/slurm-%j.log')}"
-    if job.runs:
-        yield f"array=0-{job.runs - 1}" + (f"%{config.array_at_once}" if config.array_at_once else "")
+    yield f"output={_quoted(f'{logs}/slurm-%j.log')}"
+    if job.array:
+        yield f"array=0-{len(job.folders) - 1}" + (f"%{config.array_at_once}" if config.array_at_once else "")
 
 
 def _values(job: Job, config: SlurmConfig) -> Iterator[tuple[str, str]]:
     """Variables that `job.sh` reads, with their values as shell."""
-    yield "run", shlex.quote(str(job.folder))
+    yield "runs", _array(map(str, job.folders))
     yield "config", shlex.quote(job.config)
     yield "signal", config.signal
     yield "requeue", "yes" if config.requeue else "no"
@@ -134,7 +142,10 @@ def _apptainer(job: Job, config: SlurmConfig) -> Iterator[str]:
 
 
 def _mounts(job: Job, config: SlurmConfig) -> list[str]:
-    own = (f"{path}:{path}" for path in (job.working_folder, job.folder.parent))
+    own = (
+        f"{path}:{path}"
+        for path in (job.working_folder, *dict.fromkeys(folder.parent for folder in job.folders))
+    )
     return [*own, *(mount if ":" in mount else f"{mount}:{mount}" for mount in config.container_mounts)]
 
 
@@ -144,7 +155,7 @@ def _exports(config: SlurmConfig) -> Iterator[str]:
         "PYTHONUNBUFFERED": "1",
         # torchrun tells workers to end only if another failed, and then there is nothing to wait for
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
-        # a store for each round: agents count restarts apart, and in a shared one their workers would never meet
+        # a store for each start: agents count restarts apart, and a shared one has the addresses of the dead
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if config.interface is not None:

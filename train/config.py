@@ -188,7 +188,8 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: Precision = "fp32"
-    """The dtype of computation; weights and optimizer state stay in fp32 (in fp64 with fp64)."""
+    """The dtype of computation; weights and optimizer state stay in fp32 (in fp64 with fp64). fp8: bf16, and in the
+    blocks' linear layers products of 8-bit floats."""
     activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
     compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -111,4 +111,8 @@ def _row(run: Path, history: History) -> Row:
     folder = RunFolder(run)
     steps = read_metrics(folder) if folder.metrics.is_file() else []
     newest = sorted((run / SUBMISSIONS).glob("*/config.yaml"))[-1]
-    return Row(run, history, steps, load_config(str(newest)).config.run.steps)
+    settings = load_config(str(newest)).config.run
+    total = settings.steps
+    if settings.tokens is not None and steps:
+        total = -(-settings.tokens * steps[-1]["step"] // steps[-1]["tokens"])
+    return Row(run, history, steps, total)

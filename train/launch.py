@@ -72,6 +72,8 @@ def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # torchrun tells workers to end only if another failed, and then there is nothing to wait for
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    # a store for each start: in a shared one those who start again find the addresses of the dead
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
     options.append("--signals-to-handle=SIGQUIT")
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]

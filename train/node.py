@@ -26,10 +26,17 @@ def main(config: str, stage: str, folder: str) -> None:
     from slurm.fabric import meet
 
     health = settings.slurm.health
-    bandwidth, off = meet(node_name(), health.timeout_seconds, health.clock_skew_seconds)
-    report = f"ok, {bandwidth / 1e9:.2f} GB/s between nodes"
-    if node_name() in off:
-        report = f"its clock is {off[node_name()]:+.1f} s off the others'"
+    met = meet(node_name(), health.timeout_seconds, health.clock_skew_seconds)
+    report = (
+        f"ok, {met.together / 1e9:.2f} GB/s among all nodes, {met.to_neighbour / 1e9:.2f} with a neighbour"
+    )
+    if met.to_neighbour < health.bandwidth_gb * 1e9:
+        report = (
+            f"{met.to_neighbour / 1e9:.2f} GB/s with its better neighbour, less than "
+            f"slurm.health.bandwidth_gb={health.bandwidth_gb:g}"
+        )
+    if node_name() in met.skewed:
+        report = f"its clock is {met.skewed[node_name()]:+.1f} s off the others'"
     write_report(Path(folder), report)
 
 

@@ -37,6 +37,7 @@ TIME_COLOURS = {
     "bubble": "#d0d0d0",
     "optimizer": "#a9c8ec",
 }
+NODE_COLOURS = ("#6f9fd8", "#a9c8ec")
 SHOWN = 4
 """Rivals beside the best."""
 MOST_CELLS = 16
@@ -47,8 +48,10 @@ def draw_plan(name: str, plan: Plan, path: Path) -> Path:
     """Draw memory and time of the best layouts, and how the best lies on the devices. Returns the picture's path."""
     found = [plan.best, *plan.rivals[:SHOWN]]
     figure = pyplot.figure(figsize=(13, 3.6 + 0.75 * len(found)), layout="constrained")
-    bars, below = figure.subfigures(2, 1, height_ratios=[1.2 + 0.55 * len(found), 2.4])
-    memory, time = bars.subplots(1, 2, sharey=True)
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.2 + 0.55 * len(found), 2.4])
+    memory = figure.add_subplot(grid[0, 0])
+    time = figure.add_subplot(grid[0, 1], sharey=memory)
+    time.tick_params(labelleft=False)
     labels = [_label(each) for each in found]
     _bars(memory, labels, [_scaled(each.memory.parts, 1e9) for each in found], MEMORY_COLOURS)
     _limits(memory, plan.best)
@@ -58,7 +61,7 @@ def draw_plan(name: str, plan: Plan, path: Path) -> Path:
         time.text(each.time.total, place, text, va="center", fontsize=9)
     time.set(title="a step", xlabel="seconds", xlim=(0, max(each.time.total for each in found) * 1.3))
     memory.set(title="memory of the fullest device at its peak", xlabel="GB")
-    _layout(below.subplots(), plan.best)
+    _layout(figure.add_subplot(grid[1, :]), plan.best)
     training, device = plan.training, plan.best.device
     devices = f"{plan.best.arrangement.layout.world_size} x {device.name}"
     length = f"{format_count(training.tokens)} tokens in {training.days:.3g} days"
@@ -112,20 +115,19 @@ def _limits(axis: Axes, best: Estimate) -> None:
 
 
 def _layout(axis: Axes, best: Estimate) -> None:
-    """One copy of the model over its ranks: stages side by side, in each the ranks that cut its layers."""
-    layout = best.arrangement.layout
-    stages = min(layout.pp, MOST_CELLS)
-    rows, columns = layout.cp, layout.tp
-    for stage in range(stages):
-        _stage(axis, stage, rows, columns, best.device.devices_per_node)
-        name = f"stage {stage}" if layout.pp > 1 else "all layers"
-        axis.text(stage + 0.45, 1.05, name, ha="center", va="bottom", fontsize=8)
-    if stages < layout.pp:
-        axis.text(stages + 0.05, 0.5, f"... {layout.pp - stages} more", va="center", fontsize=10)
-    axis.set(xlim=(-0.1, max(stages, 4) + 1.2), ylim=(-0.75, 1.3))
-    axis.axis("off")
+    """One copy of the model over its ranks, stages side by side; without a pipeline several copies."""
+    layout, node = best.arrangement.layout, best.device.devices_per_node
     copies = layout.dp_replicate * layout.dp_shard
-    node = best.device.devices_per_node
+    name, boxes = ("stage", layout.pp) if layout.pp > 1 else ("group", copies)
+    shown = min(boxes, MOST_CELLS)
+    for box in range(shown):
+        first = box * layout.cp * layout.tp * (copies if layout.pp > 1 else 1)
+        _box(axis, box, first, layout.cp, layout.tp, node)
+        axis.text(box + 0.45, 1.05, f"{name} {box}", ha="center", va="bottom", fontsize=8)
+    if shown < boxes:
+        axis.text(shown + 0.05, 0.5, f"... {boxes - shown} more", va="center", fontsize=10)
+    axis.set(xlim=(-0.1, max(shown, 8) + 1.2), ylim=(-0.75, 1.3))
+    axis.axis("off")
     words = [
         f"One of {copies} groups that read different data, of pp {layout.pp} x cp {layout.cp} x tp {layout.tp} ranks; "
         f"a square is a rank, colours change with the node of {node}.",
@@ -139,17 +141,11 @@ def _layout(axis: Axes, best: Estimate) -> None:
         axis.text(0, -0.15 - 0.22 * place, line, va="top", fontsize=9)
 
 
-def _stage(axis: Axes, stage: int, rows: int, columns: int, per_node: int) -> None:
-    shown_rows, shown_columns = min(rows, MOST_CELLS), min(columns, MOST_CELLS)
-    width, height = 0.9 / shown_columns, 1.0 / shown_rows
-    for row in range(shown_rows):
-        for column in range(shown_columns):
-            node = (row * columns + column) // per_node
-            colour = ("#6f9fd8", "#a9c8ec")[node % 2]
-            cell = Rectangle(
-                (stage + column * width, 1 - (row + 1) * height),
-                width * 0.9,
-                height * 0.86,
-                color=colour,
-            )
-            axis.add_patch(cell)
+def _box(axis: Axes, place: int, first: int, rows: int, columns: int, per_node: int) -> None:
+    """A square for each rank from the first on, at most so many in a row and a column."""
+    width, height = 0.9 / min(columns, MOST_CELLS), 1.0 / min(rows, MOST_CELLS)
+    for row in range(min(rows, MOST_CELLS)):
+        for column in range(min(columns, MOST_CELLS)):
+            node = (first + row * columns + column) // per_node
+            corner = place + column * width, 1 - (row + 1) * height
+            axis.add_patch(Rectangle(corner, width * 0.9, height * 0.86, color=NODE_COLOURS[node % 2]))

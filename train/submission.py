@@ -13,7 +13,7 @@ from slurm.submit import check, next_submission, submissions, submit
 from slurm.template import Job, render
 from train import run_folder
 from train.config import Config
-from train.config_file import CONFIGS, load_config
+from train.config_file import CONFIGS, Loaded, load_config
 from train.errors import ConfigError
 from train.resolve import resolve
 
@@ -44,30 +44,43 @@ def prepare(
     Raises:
         ConfigError, RunError, LayoutError, InputError: the user's mistake.
     """
-    first = load_config(config, overrides, profiles).config
-    points = _combinations(sweep)
+    if not sweep:
+        return prepare_runs([load_config(config, overrides, profiles)])
+    name = load_config(config, overrides, profiles).config.run.name
+    runs = [
+        load_config(config, [*overrides, *point, f"run.name={name}-{number}"], profiles)
+        for number, point in enumerate(_combinations(sweep))
+    ]
+    return prepare_runs(runs, array=name)
+
+
+def prepare_runs(loaded: Sequence[Loaded], *, array: str | None = None) -> Prepared:
+    """Check runs on as many processes as their `slurm` section says: one, or those of an array of a name.
+
+    Raises:
+        ConfigError, RunError, LayoutError, InputError: the user's mistake.
+    """
+    first = loaded[0].config
     runs = {}
-    for number, point in enumerate(points):
-        name = [f"run.name={first.run.name}-{number}"] if sweep else []
-        loaded = load_config(config, [*overrides, *point, *name], profiles)
-        if loaded.config.slurm != first.slurm:
+    for each in loaded:
+        if each.config.slurm != first.slurm:
             raise ConfigError(
                 "--array: the runs of an array have one `slurm` section: leave it out of the sweep"
             )
-        plan = resolve(loaded, loaded.config.slurm.world_size)
+        plan = resolve(each, first.slurm.world_size)
         folder = run_folder.folder_of(plan.config)
         run_folder.check_same_run(folder, plan)
-        runs[folder.path.absolute()] = loaded.config
+        runs[folder.path.absolute()] = each.config
     job = Job(
-        name=first.run.name,
-        folder=run_folder.folder_of(first).path.absolute(),
+        name=array or first.run.name,
+        folders=[*runs],
         working_folder=Path.cwd(),
         config=f"{next_submission([*runs])}/config.yaml",
         python=sys.executable,
         train=("-m", "train"),
         check=("-m", "train.node"),
         grace_seconds=ceil(first.run.grace_time),
-        runs=len(runs) if sweep else None,
+        array=array is not None,
     )
     return Prepared(job, runs)
 
@@ -91,16 +104,25 @@ def hand_in(prepared: Prepared, chain: int, command: Sequence[str]) -> list[str]
         SlurmError: the cluster refuses it.
         ConfigError: a job of one of these runs waits or runs already.
     """
-    active = {each.job for each in queue() if each.active}
-    for run in prepared.runs:
-        for job in (job for submission in submissions(run) for job in submission.jobs):
-            if job in active:
-                raise ConfigError(
-                    f"{run} has a job already ({job}), and two would train it at once: `trireme cancel {run}` ends "
-                    f"it; --chain submits several that wait for each other"
-                )
+    for run, job in at_work(prepared.runs).items():
+        raise ConfigError(
+            f"{run} has a job already ({job}), and two would train it at once: `trireme cancel {run}` ends "
+            f"it; --chain submits several that wait for each other"
+        )
     configs = {run: run_folder.to_yaml(config) for run, config in prepared.runs.items()}
     return submit(prepared.job, prepared.config.slurm, configs, chain, command, _PROJECT)
+
+
+def at_work(runs: Iterable[Path]) -> dict[Path, str]:
+    """Those of some runs that have a job that waits or runs, with its number."""
+    active = {each.job for each in queue() if each.active}
+    return {
+        run: job
+        for run in runs
+        for submission in submissions(run)
+        for job in submission.jobs
+        if job in active
+    }
 
 
 def _combinations(sweep: Iterable[str]) -> list[list[str]]:

@@ -173,9 +173,9 @@ def _experts(model: ModelConfig, shape: Shape) -> _Part:
     wide_input = shape.own_tokens * model.d_model * WIDE
     logits = shape.own_tokens * moe.num_experts * WIDE
     gated = model.ffn.variant != "mlp"
-    none = wide_input + 3 * logits + 40 * rows + 2 * routed + (3 if gated else 2) * hidden
-    selective = logits + (2 if gated else 1) * hidden + routed
-    working = (2 if gated else 1) * hidden
+    none: float = wide_input + 3 * logits + 40 * rows + 2 * routed + (3 if gated else 2) * hidden
+    selective: float = logits + (2 if gated else 1) * hidden + routed
+    working: float = (2 if gated else 1) * hidden
     if moe.num_shared_experts:
         shared = _feedforward(model, shape, moe.num_shared_experts * known(moe.d_ff))
         none, selective = none + shared.none, selective + shared.selective

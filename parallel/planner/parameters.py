@@ -103,7 +103,11 @@ def take_inventory(config: ModelConfig) -> Inventory:
         part = f"blocks.{others[0]}" if first == "blocks" else PART.get(first, "entrance")
         parts[part].append(Parameter(each.shape, each.weight.sharding))
     return Inventory(
-        *(tuple(parts[part]) for part in ("entrance", "blocks.0", "blocks.1", "exit", "everywhere")),
+        entrance=tuple(parts["entrance"]),
+        dense_layer=tuple(parts["blocks.0"]),
+        expert_layer=tuple(parts["blocks.1"]),
+        exit=tuple(parts["exit"]),
+        everywhere=tuple(parts["everywhere"]),
         kv_heads=known(config.attention.num_kv_heads),
     )
 

@@ -218,7 +218,9 @@ def _schedules(parallel: ParallelConfig, count: int) -> bool:
 
 def _too_large(run: RunFacts, least: Estimate, device: Device) -> LayoutError:
     world = least.arrangement.layout.world_size
-    more = next((world * 2**n for n in range(1, 11) if _find(run, world * 2**n, device, 1).fitting), None)
+    # more ranks make no part smaller than their share
+    sizes = (world * 2**n for n in range(1, 11) if least.memory.total / 2**n < device.memory_bytes)
+    more = next((size for size in sizes if _find(run, size, device, 1).fitting), None)
     advice = (
         f"use {more} of them"
         if more

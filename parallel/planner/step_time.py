@@ -201,9 +201,9 @@ def bubble(
 ) -> float:
     """Time that a rank waits, over the time that it works.
 
-    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. ZBV: (p - 1)(F + B - 2W), F, B
-    and W being the times of the forward and of the gradients of activations and of weights (Qi et al. 2024). Products take as long in each of the three; attention has
-    no weights.
+    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. ZBV: (p - 1)(F + B - 2W), F, B and W being
+    the times of the forward and of the gradients of activations and of weights (Qi et al. 2024). Products take as long
+    in each of the three; attention has no weights.
     """
     pp, schedule = arrangement.layout.pp, arrangement.parallel.pp_schedule
     if pp == 1:
@@ -217,6 +217,5 @@ def bubble(
         compute_seconds(work, run, device, 1.0)
         for work in (Work(forward.matmul), Work(attention=forward.attention))
     )
-    whole = 3 * product + (1 + FLASH_BACKWARD) * mixing
     left = (1 + FLASH_BACKWARD) * mixing
-    return of_one * left / whole
+    return of_one * left / (3 * product + left)

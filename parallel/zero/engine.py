@@ -22,7 +22,7 @@ from parallel.cut import strides, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE
-from parallel.gradients import global_norm, scale
+from parallel.gradients import clip, global_norm, skip_unless_finite
 from parallel.loss_scale import GROWTH_INTERVAL
 from parallel.mesh import Mesh
 from parallel.zero.config import library_config
@@ -78,7 +78,7 @@ class DeepSpeedEngine(Engine):
         # the library clips, and tells the norm, at every other stage and precision
         self._clips = self.stage == 0 and config.precision == "fp32"
         self.partitions: Partitions = partitions_of(self.library, self.stage)
-        self._everywhere = self._held_everywhere()
+        self._everywhere = self._held_everywhere() if self.stage > 0 else {}
         if dtype != torch.float32:  # of what was rounded, the masters are exact
             for name, parameter in self.parameters.items():
                 exact = initial.of(name, self.partitions.held(parameter)).to(device)
@@ -169,10 +169,8 @@ class DeepSpeedEngine(Engine):
             groups = () if cut.dim is None else (self.mesh.tp,)
             parts[groups].append(parameter.grad)
         norm = global_norm(parts, self.mesh.pp)
-        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        scale([gradient for gradients in parts.values() for gradient in gradients], clip.float())
-        self.library.basic_optimizer.grad_scale = None
-        self.library.basic_optimizer.found_inf = (~norm.isfinite()).float()
+        clip([gradient for gradients in parts.values() for gradient in gradients], norm, self.max_grad_norm)
+        skip_unless_finite(self.library.basic_optimizer, norm)
         return norm
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
@@ -208,17 +206,17 @@ class DeepSpeedEngine(Engine):
 
     def _held_everywhere(self) -> dict[str, list[range]]:
         """Which elements each rank has of each parameter."""
-        held = [self.partitions.held(parameter) for parameter in self.parameters.values()]
-        ours = torch.tensor([[piece.start, piece.stop] for piece in held], device=self.device)
-        tables: dict[int, list[Tensor]] = {}
-        for mesh in {id(mesh): mesh for mesh in (self.mesh.dense, self.mesh.experts)}.values():
-            group = mesh.get_group("fsdp")
-            tables[id(mesh)] = [torch.empty_like(ours) for _ in range(group.size())]
-            dist.all_gather(tables[id(mesh)], ours, group=group)
+        by_group: dict[dist.ProcessGroup, list[str]] = defaultdict(list)
+        for name in self.parameters:
+            by_group[self._partition_mesh(name).get_group()].append(name)
         everywhere = {}
-        for number, name in enumerate(self.parameters):
-            table = tables[id(self.mesh.experts if self.cuts[name].expert else self.mesh.dense)]
-            everywhere[name] = [range(*pieces[number].tolist()) for pieces in table]
+        for group, names in by_group.items():
+            held = [self.partitions.held(self.parameters[name]) for name in names]
+            ours = torch.tensor([[piece.start, piece.stop] for piece in held], device=self.device)
+            table = [torch.empty_like(ours) for _ in range(group.size())]
+            dist.all_gather(table, ours, group=group)
+            for name, *pieces in zip(names, *(each.tolist() for each in table), strict=True):
+                everywhere[name] = [range(*piece) for piece in pieces]
         return everywhere
 
     def _buffers(self) -> dict[str, Tensor]:

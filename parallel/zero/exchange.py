@@ -1,6 +1,7 @@
 """Pieces of a flattened tensor, moved between the ranks that have them and the ranks that need them."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,7 @@ def move(piece: Tensor, held: Sequence[range], needed: Sequence[range], group: d
 
 def rows(shape: Sequence[int], ranks: int) -> list[range]:
     """Which elements of a flattened tensor of `shape` each rank has that has its share of the rows."""
-    size = 1
-    for length in shape[1:]:
-        size *= length
+    size = prod(shape[1:])
     shares = (share_of(shape[0], rank, ranks) for rank in range(ranks))
     return [range(start * size, stop * size) for start, stop in shares]
 

@@ -42,6 +42,8 @@ def _refusals(
         )
     if precision == "fp64":
         yield "precision=fp64: DeepSpeed keeps its weights in fp32: use parallel.engine=torch, or precision=fp32"
+    if precision == "fp8":
+        yield "precision=fp8 is of parallel.engine=torch: use that, or precision=bf16"
     if layout.ep > 1 and zero.stage in (0, 3):
         yield (
             f"parallel.ep={layout.ep}: {asked} can't partition experts that ranks share out: use "

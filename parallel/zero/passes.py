@@ -7,8 +7,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine as Library
 from torch import Tensor, nn
 
 from model.model import Model
-from parallel.batch import Batch
-from parallel.context import Context, at_work
+from parallel.context import Context
+from parallel.whole import Whole
 from parallel.zero.groups import ExpertLayer
 
 
@@ -25,31 +25,20 @@ class LossRoot(nn.Module):
         return self.model.loss_sum(**inputs)
 
 
-class ZeroPasses:
-    """Runs micro-batches one after another; gradients are summed over ranks as the stage does it."""
+class ZeroPasses(Whole):
+    """Gradients are summed over ranks as the stage does it."""
 
     def __init__(self, library: Library, context: Context | None, micro_batch_size: int) -> None:
+        super().__init__(context, micro_batch_size)
         self.library = library
-        self.context = context
-        self.micro_batch_size = micro_batch_size
 
-    def forward_backward(self, batch: Batch, weight: Tensor) -> Tensor:
-        """Gradients of the sum of the batch's losses times a weight, ready for a step; returns the sum, ()."""
-        total = torch.zeros((), device=batch.targets.device, dtype=torch.float64)
-        micro_batches = list(batch.micro_batches(self.micro_batch_size))
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            self.library.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with at_work(self.context, micro_batch.targets.shape[1]) as part:
-                loss_sum = self.library(**micro_batch.inputs, targets=micro_batch.targets, **part)
-                self.library.backward(loss_sum * weight, scale_wrt_gas=False)
-            total += loss_sum.detach()
-        return total
+    def _before(self, *, last: bool) -> None:
+        self.library.set_gradient_accumulation_boundary(last)
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """The sum of a micro-batch's losses, ()."""
-        with at_work(self.context, batch.targets.shape[1]) as part:
-            return self.library.module(**batch.inputs, targets=batch.targets, **part)
+    def _forward(self, **inputs: Any) -> Tensor:
+        # what the library's own forward does besides is for the backward
+        run = self.library if torch.is_grad_enabled() else self.library.module
+        return run(**inputs)
 
-    def of_all_layers(self, counts: Tensor | None) -> Tensor | None:
-        """What is said of each layer with experts, (L, ...), None without experts."""
-        return counts
+    def _backward(self, loss: Tensor) -> None:
+        self.library.backward(loss, scale_wrt_gas=False)

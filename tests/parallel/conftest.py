@@ -2,10 +2,20 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from tests.conftest import PersistentPools
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _own_pools(pools: PersistentPools) -> Iterator[None]:
+    """Layouts leave groups behind, whose threads never quite sleep: tests that come later get new processes."""
+    yield
+    for pool in pools.values():
+        pool.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,7 @@ class FakeRun:
         (folder / "start.sh").write_text(start)
         self.job = Job(
             name=folder.name,
-            folder=folder,
+            folders=[folder],
             working_folder=folder.parent,
             config="submissions/0001/config.yaml",
             python=str(folder / "python"),

@@ -76,7 +76,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(tiny_config: str, tmp_path
         "signal=B:USR2@120",
     ):
         assert f"#SBATCH --{line}" in lines
-    assert f"run='{tmp_path}/runs/$(x) '\"'\"'y'" in lines
+    assert f"runs=('{tmp_path}/runs/$(x) '\"'\"'y')" in lines
     assert not list(tmp_path.iterdir())
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 

@@ -1,11 +1,13 @@
 """What makes a node a sick one, each fault planted."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from parallel.processes import WorkerPool
 from slurm.config import HealthConfig
+from slurm.fabric import rounds
 from slurm.health import find_faults, write_report
 
 EASY = {"free_disk_gb": 0, "free_shared_memory_gb": 0}
@@ -80,3 +82,39 @@ def meet_off_by(seconds: list[float]) -> dict[str, float]:
 def test_a_clock_that_is_off_is_found(pools: dict[int, WorkerPool]) -> None:
     (off,) = {tuple(found) for found in pools[4].run(meet_off_by, [0.0, 0.1, -30.0, 0.0])}
     assert off == ("n2",)
+
+
+def meet_slowly(slow: int) -> float:
+    """In a pool's worker: the bandwidth to its better neighbour, where a rank's exchanges take a while."""
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    from slurm import fabric
+
+    exchange = fabric._exchange
+
+    def slowed(operations: list[dist.P2POp]) -> None:
+        if dist.get_rank() == slow:
+            time.sleep(0.5)
+        exchange(operations)
+
+    with patch.object(fabric, "_exchange", slowed):
+        return fabric.to_neighbour(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_of_neighbours_the_slow_one_is_found(pools: dict[int, WorkerPool]) -> None:
+    """Its neighbours wait for it, but each has another."""
+    found = pools[4].run(meet_slowly, 2)
+    assert found[2] < 2**24 / 0.5 < min(found[:2] + found[3:])
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_neighbours_in_a_ring_exchange_in_turn(size: int) -> None:
+    met = rounds(size)
+    for pairs in met:
+        assert all(pairs[other] == rank for rank, other in pairs.items())
+    partners = [{pairs[rank] for pairs in met if rank in pairs} for rank in range(size)]
+    assert partners == [{(rank - 1) % size, (rank + 1) % size} - {rank} for rank in range(size)]

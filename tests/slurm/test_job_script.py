@@ -70,6 +70,7 @@ def test_hostile_values_are_no_commands(cluster: Cluster, tmp_path: Path) -> Non
         assert (run.folder / "evil").read_text() == value
         shown = (run.folder / "shown").read_text()
         assert f"JobName={value}\n" in shown and f"Comment={value}" in shown
+        wait_until_over(run, number)  # it says so after it has noted it
         assert "done" in run.log
     assert not list(tmp_path.rglob("hit"))
 

@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster, job_id, wait_at_most
 from tests.train.running import losses, train_here
 from train.checkpoint_folder import newest_step
 from train.errors import ConfigError
-from train.jobs import rows
+from train.jobs import log_of, rows
 from train.submission import hand_in, prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -186,7 +186,7 @@ def test_submitted_and_done(
 ) -> None:
     scenarios.wait_until_done("plain")
     assert losses(scenarios.folder / "plain") == undisturbed[4]
-    assert "n2: ok" in scenarios.log("plain") and "GB/s between nodes" in scenarios.log("plain")
+    assert "n2: ok" in scenarios.log("plain") and "GB/s among all nodes" in scenarios.log("plain")
     submission = scenarios.folder / "plain" / "submissions" / "0001"
     assert {path.name for path in submission.iterdir()} == {
         "config.yaml",
@@ -233,6 +233,25 @@ def test_an_array_is_a_run_for_each_value(cluster: Cluster, tiny_config: str, tm
                 break
     assert [row.run.name for row in found] == ["sweep-0", "sweep-1"]
     assert [row.steps[-1]["lr"] for row in found] == [1e-2, 1e-3]
+
+
+def test_a_ladder_is_climbed_by_an_array_and_gathered(
+    cluster: Cluster, tiny_config: str, tmp_path: Path
+) -> None:
+    sizes = ["--sizes", "3e4,8e4", "--budgets", "1e9", "--out", str(tmp_path), "--submit"]
+    settings = ["model.vocab_size=304", "slurm.health.enabled=false", "slurm.bind_cpus=false"]
+    command = ["ladder", tiny_config, *settings, "slurm.launcher=srun", *sizes]
+    shown = trireme(*command)
+    assert f"_0: {tmp_path / '30K-1e+09'}" in shown and f"_1: {tmp_path / '80K-1e+09'}" in shown
+    assert "have jobs" in trireme(*command), "they are not submitted twice"
+    with wait_at_most(900) as waits:
+        for _ in waits:
+            found = rows(str(tmp_path))
+            if [row.history.state for row in found] == ["DONE", "DONE"]:
+                break
+    assert all("done" in log_of(str(row.run), None).read_text() for row in found), "each in its own folder"
+    assert "next: trireme scaling fit" in trireme(*command)
+    assert len((tmp_path / "points.csv").read_text().splitlines()) == 3
 
 
 def test_a_cancelled_run_is_saved_and_goes_on_when_submitted_again(

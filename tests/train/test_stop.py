@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.train.running import environment, losses
@@ -47,16 +48,13 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 
 def workers(folder: Path) -> list[int]:
-    """The processes of a run's ranks, from the place that they log to."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if command[1:3] == [b"-u", b"-m"] and f"run.dir={folder}".encode() in command:
-            found.append(int(path.parent.name))
-    return found
+    """The processes of a run's ranks, from the place that they log to, without those that these forked to load data."""
+    parents = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        command = process.info["cmdline"] or []
+        if command[1:3] == ["-u", "-m"] and f"run.dir={folder}" in command:
+            parents[process.pid] = process.info["ppid"]
+    return [worker for worker, parent in parents.items() if parent not in parents]
 
 
 def assert_goes_on(config: str, folder: Path, *overrides: str) -> None:

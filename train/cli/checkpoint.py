@@ -1,6 +1,5 @@
 """`trireme checkpoint`"""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,12 +100,13 @@ def _cells(row: "Row") -> tuple[str, ...]:
 
 def _show(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> None:
     """A table, which in a pipe or a file has no width to keep to."""
-    from rich.console import Console
     from rich.table import Table
+
+    from train.cli.console import console
 
     table = Table()
     for name in columns:
         table.add_column(name, no_wrap=True)
     for row in cells:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+    console().print(table)

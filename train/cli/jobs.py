@@ -18,9 +18,9 @@ def jobs(
 
     Example: `trireme jobs`
     """
-    from rich.console import Console
     from rich.table import Table
 
+    from train.cli.console import console
     from train.jobs import rows
 
     table = Table()
@@ -29,7 +29,7 @@ def jobs(
     table.add_column("", overflow="fold")
     for row in rows(folder):
         table.add_row(*row.cells())
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+    console().print(table)
 
 
 def logs(

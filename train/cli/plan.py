@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from train.cli.options import number_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -54,7 +56,7 @@ def plan(
     from parallel.planner.hardware import load_device
     from train.plan import Budget, load_for_plan, make_plan
 
-    budget = Budget(_count("flops", flops), _positive_days(days), _count("tokens", tokens))
+    budget = Budget(number_of("flops", flops), _positive_days(days), number_of("tokens", tokens))
     device = load_device(gpu)
     loaded = load_for_plan(config, overrides or [], budget)
     made = make_plan(loaded, gpus, device, budget, as_given=layout is LayoutChoice.GIVEN)
@@ -70,20 +72,17 @@ def plan(
 
 
 def _show(name: str, made: "Plan") -> None:
-    import sys
-
-    from rich.console import Console
-
     from model.count import parameter_count
+    from train.cli.console import console
     from train.counts import format_count
     from train.plan import format_seconds, overrides_of
 
     best = made.best
     run, layout, device = best.run, best.arrangement.layout, best.device
-    count = parameter_count(run.model)
-    active = f" ({format_count(count.active)} active)" if count.active != count.total else ""
+    counts = parameter_count(run.model)
+    active = f" ({format_count(counts.active)} active)" if counts.active != counts.total else ""
     print(
-        f"{name}: {format_count(count.total)} parameters{active}, {run.precision}, {run.global_batch_size} sequences "
+        f"{name}: {format_count(counts.total)} parameters{active}, {run.precision}, {run.global_batch_size} sequences "
         f"of {run.seq_len} tokens in a step\n{layout.world_size} x {device.name}: {_described(best)}"
     )
     print(f"  {' '.join(overrides_of(best))}\n")
@@ -103,10 +102,9 @@ def _show(name: str, made: "Plan") -> None:
         f"{best.utilization:.1%} of the peak (MFU)"
     )
     _show_training(made.training)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     if made.rivals:
-        console.print(f"\nNext best of {made.weighed} that were weighed", markup=False)
-        console.print(_rivals(made))
+        print(f"\nNext best of {made.weighed} that were weighed")
+        console().print(_rivals(made))
 
 
 def _parts(written: dict[str, str]) -> str:
@@ -180,15 +178,3 @@ def _positive_days(days: float | None) -> float | None:
     if days is not None and not 0 < days < float("inf"):
         raise ConfigError(f"--days {days:g} is not a positive number of days: give 30, or 0.5")
     return days
-
-
-def _count(name: str, text: str | None) -> float | None:
-    from train.counts import parse_count
-    from train.errors import ConfigError
-
-    if text is None:
-        return None
-    try:
-        return parse_count(text)
-    except ValueError as error:
-        raise ConfigError(f"--{name}: {error}") from None

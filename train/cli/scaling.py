@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from train.cli.options import number_of
+
 if TYPE_CHECKING:
     from train.scaling.law import Interval
     from train.scaling.report import Report
@@ -53,9 +55,9 @@ def predict(
     from train.scaling.report import load_report
 
     given = {
-        "flops": _count("flops", flops),
-        "params": _count("params", params),
-        "tokens": _count("tokens", tokens),
+        "flops": number_of("flops", flops),
+        "params": number_of("params", params),
+        "tokens": number_of("tokens", tokens),
     }
     known = {name: value for name, value in given.items() if value is not None}
     if set(known) not in ({"flops"}, {"params", "tokens"}):
@@ -89,15 +91,3 @@ def _show(report: "Report") -> None:
 
 def _written(value: "Interval", style: str) -> str:
     return f"{value.value:{style}}  (95 %: {value.low:{style}} to {value.high:{style}})"
-
-
-def _count(name: str, text: str | None) -> float | None:
-    from train.counts import parse_count
-    from train.errors import ConfigError
-
-    if text is None:
-        return None
-    try:
-        return parse_count(text)
-    except ValueError as error:
-        raise ConfigError(f"--{name}: {error}") from None

@@ -1,9 +1,14 @@
 """`trireme submit`"""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from train.submission import Prepared
 
 
 def submit(
@@ -43,6 +48,12 @@ def submit(
     if dry_run:
         show(prepared)
         return
-    for job in hand_in(prepared, chain, sys.argv):
-        print(f"job {job}: {prepared.job.folder}")
+    tell(prepared, hand_in(prepared, chain, sys.argv))
+
+
+def tell(prepared: "Prepared", jobs: "Sequence[str]") -> None:
+    """Print which jobs train which runs."""
+    for job in jobs:
+        for number, run in enumerate(prepared.runs):
+            print(f"job {job}{f'_{number}' if prepared.job.array else ''}: {run}")
     print("`trireme jobs` shows how they do")

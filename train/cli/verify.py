@@ -1,12 +1,13 @@
 """`trireme verify`"""
 
-import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from parallel.config import Precision
     from train.verify.verdict import Finding
 
@@ -48,39 +49,44 @@ def verify(
 
     Example: `trireme verify llama3 --layouts tp=2,dp_shard=2 --layouts pp=2,pp_schedule=gpipe`
     """
-    from rich.console import Console
     from rich.live import Live
-    from rich.table import Table
 
+    from train.cli.console import console
     from train.verify.plan import make_plan
 
     plan = make_plan(config, overrides or [], layouts or ["all"], world, steps, engines)
-    # in a pipe or a file there is no width to keep to
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(f"{config}: {plan.model.type}, made small: {plan.changes}")
-    console.print(
+    shown = console(markup=True)
+    shown.print(f"{config}: {plan.model.type}, made small: {plan.changes}")
+    shown.print(
         f"{dtype}, {steps} steps of {plan.global_batch_size} sequences, seed {plan.seed}, against one process"
     )
     from train.verify.verify import verify_plan
+
+    table = _table()
+    findings: list[Finding] = []
+    with Live(table, console=shown):
+        for finding in verify_plan(plan, dtype.value, steps):
+            findings.append(finding)
+            table.add_row(*_cells(finding, dtype.value))
+    for finding in findings:
+        if finding.error is not None:
+            shown.print(f"{finding.name}: {finding.error}", markup=False)
+    failed = sum(bool(finding.wrong(dtype.value)) for finding in findings)
+    refused = sum(finding.refused is not None for finding in findings)
+    shown.print(f"\n{len(findings) - failed - refused} passed, {failed} failed, {refused} refused")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _table() -> "Table":
+    from rich.table import Table
 
     table = Table()
     table.add_column("layout", no_wrap=True)
     for name in ("initial weights", "loss", "gradient norm", "weights", "data order", "resumed elsewhere"):
         table.add_column(name)
     table.add_column("", overflow="fold")
-    findings: list[Finding] = []
-    with Live(table, console=console):
-        for finding in verify_plan(plan, dtype.value, steps):
-            findings.append(finding)
-            table.add_row(*_cells(finding, dtype.value))
-    for finding in findings:
-        if finding.error is not None:
-            console.print(f"{finding.name}: {finding.error}", markup=False)
-    failed = sum(bool(finding.wrong(dtype.value)) for finding in findings)
-    refused = sum(finding.refused is not None for finding in findings)
-    console.print(f"\n{len(findings) - failed - refused} passed, {failed} failed, {refused} refused")
-    if failed:
-        raise typer.Exit(1)
+    return table
 
 
 def _cells(finding: "Finding", precision: "Precision") -> list[str]:

@@ -94,6 +94,14 @@ def climb(rungs: Sequence[Rung], points: Path) -> Iterator[tuple[int, Progress]]
         yield index, final
 
 
+def gather(rungs: Sequence[Rung], points: Path) -> list[Progress]:
+    """How far the runs are, however they are trained; `points` then holds those that are done."""
+    states = [progress(rung) for rung in rungs]
+    done = [(rung, state.loss) for rung, state in zip(rungs, states, strict=True) if state.done]
+    _write(points, [rung for rung, _ in done], [math.nan if loss is None else loss for _, loss in done])
+    return states
+
+
 def progress(rung: Rung) -> Progress:
     """How far a run is, by the last line of its metrics that is whole."""
     lines = rung.folder.metrics.read_text().splitlines() if rung.folder.metrics.is_file() else []

@@ -41,7 +41,6 @@ def verify(
         try:
             trials = pools[ranks].run(try_arrangement, experiment, arrangement, expected)
         except RuntimeError as error:
-            del pools[ranks]  # it is closed
             yield Finding(name, error=str(error))
             continue
         refusals = [trial for trial in trials if isinstance(trial, str)]
