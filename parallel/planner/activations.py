@@ -47,8 +47,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a layer keeps of a micro-batch with each way of recomputing, and what there is of it at the two heaviest
-    moments of its backward."""
+    """Bytes that a layer keeps of a micro-batch with each way of recomputing, and what there is of it in its backward,
+    when either half is at work."""
 
     none: float
     selective: float

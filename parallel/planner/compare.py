@@ -55,7 +55,7 @@ def compare(run: RunFacts, arrangement: Arrangement, place: int, simulated: Simu
     moved = {key: float(each.bytes) for key, each in simulated.traffic.items()}
     least = FEW * sum(moved.values())
     keys = sorted({*traffic, *(key for key, size in moved.items() if size > least)})
-    planned: dict[tuple[str, str], float] = {**traffic}
+    planned: dict[tuple[str, str], float] = {(kind, dim): size for (kind, dim), size in traffic.items()}
     return Comparison(
         [
             *_figures("memory", ((name, memory[name], simulated.memory.get(name, 0)) for name in memory)),
@@ -63,11 +63,16 @@ def compare(run: RunFacts, arrangement: Arrangement, place: int, simulated: Simu
             Figure("FLOPs", "attention", work.attention, simulated.attention),
             *_figures(
                 "traffic",
-                ((f"{kind} {dim}", planned.get((kind, dim), 0.0), moved.get((kind, dim), 0.0)) for kind, dim in keys),
+                (
+                    (f"{kind} {dim}", planned.get((kind, dim), 0.0), moved.get((kind, dim), 0.0))
+                    for kind, dim in keys
+                ),
             ),
         ]
     )
 
 
 def _figures(group: Group, values: Iterable[tuple[str, float, float]]) -> list[Figure]:
-    return [Figure(group, name, planned, measured) for name, planned, measured in values if planned or measured]
+    return [
+        Figure(group, name, planned, measured) for name, planned, measured in values if planned or measured
+    ]

@@ -1,7 +1,8 @@
 """What a rank needs of its device's memory, by part. T sequence, D d_model, V vocabulary.
 
-Peaks are looked for at four moments of a step: in the loss, at the start and at the end of the last backward, and in
-the optimizer's step. The parts are those of the moment at which most is needed.
+Peaks are looked for in the loss, in the backward of the last two layers (the second has the first's gradients on their
+way), at the end of the last backward, and in the optimizer's step. The parts are those of the moment at which most is
+needed.
 """
 
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def predict_memory(run: RunFacts, arrangement: Arrangement, device: Device) -> M
 
 def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
     """Of one rank, the reserve left out."""
-    a, master = run.itemsize, run.master_size
+    master = run.master_size
     stored, computed = rank.all.stored, rank.all.computed
     steady = Memory(weights=stored * master, optimizer=2 * stored * master)
     reduces_each = arrangement.layout.shard_size > 1 and arrangement.layout.pp == 1

@@ -44,9 +44,7 @@ class Simulated:
     """Collectives by kind and dimension, named as in `parallel.planner.traffic`."""
 
 
-def simulate(
-    run: RunFacts, arrangement: Arrangement, place: int, make_optimizer: MakeOptimizer
-) -> Simulated:
+def simulate(run: RunFacts, arrangement: Arrangement, place: int, make_optimizer: MakeOptimizer) -> Simulated:
     """Take a whole step as the first rank at a place of the pipeline.
 
     Raises LayoutError where what is asked for can't be simulated.
@@ -67,6 +65,7 @@ def _check(run: RunFacts, arrangement: Arrangement) -> None:
     two_halves = "zero_bubble" in parallel.pp_schedule and parallel.pp > 1
     checks: tuple[tuple[str, object, bool, str], ...] = (
         ("parallel.engine", parallel.engine, parallel.engine == "deepspeed", "torch"),
+        ("precision", "fp8", run.precision == "fp8", "bf16"),
         ("parallel.cpu_offload", "true", parallel.cpu_offload, "false"),
         ("compile.enabled", "true", run.compiled, "false"),
         ("model.attention.kernel", "flex", run.model.attention.kernel == "flex", "auto"),
@@ -117,7 +116,9 @@ def _measure(engine: SimulatedEngine, config: EngineConfig, fake: FakeTensorMode
     memory = MemoryLog(whole_gradients="gathered" if reduced_at_once else "gradients")
     work, traffic = WorkLog(), TrafficLog(engine.mesh)
     memory.mark("weights", [*map(local, parameters), *engine.model.buffers()])
-    memory.mark("optimizer", [local(value) for p in parameters for value in engine.optimizer.state[p].values()])
+    memory.mark(
+        "optimizer", [local(value) for p in parameters for value in engine.optimizer.state[p].values()]
+    )
     for model in engine.models:
         _note_loss(model, memory)
     targets = torch.zeros(config.global_batch_size // layout.data_size, config.seq_len, dtype=torch.int64)
@@ -140,4 +141,4 @@ def _note_loss(model: Model, memory: MemoryLog) -> None:
         with memory.within("logits"):
             return loss_sum(*args)
 
-    model.vocabulary.loss_sum = noted  # type: ignore[method-assign]
+    model.vocabulary.loss_sum = noted  # type: ignore[method-assign,assignment]

@@ -84,15 +84,15 @@ def _fsdp(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Excha
         ("layer", rank.expert_layer, rank.expert_layers, gathers),
         ("root", rank.root, 1, 1),
     )
-    for of, held, count, gathered in units:
+    for of, mine, count, gathered in units:
         if not count:
             continue
         yield from _shards(
-            run, layout, of, held.shard, count, times, gathered, (layout.shard_size, layout.tp)
+            run, layout, of, mine.shard, count, times, gathered, (layout.shard_size, layout.tp)
         )
-        if held.expert_shard:
+        if mine.expert_shard:
             ranks = layout.shard_size // layout.ep, layout.tp * layout.ep
-            yield from _shards(run, layout, of, held.expert_shard, count, times, gathered, ranks)
+            yield from _shards(run, layout, of, mine.expert_shard, count, times, gathered, ranks)
 
 
 def _shards(

@@ -1,10 +1,8 @@
 """The table of `trireme plan --simulate`."""
 
-import sys
 import time
 import warnings
 
-from rich.console import Console
 from rich.table import Table
 
 from parallel.planner.compare import Comparison, Figure, Group, compare
@@ -12,6 +10,7 @@ from parallel.planner.estimate import Estimate
 from parallel.planner.memory import memory_of_rank
 from parallel.planner.rank import ranks_of
 from parallel.planner.simulate import simulate
+from train.cli.console import console
 from train.config import OptimizerConfig
 from train.optimizer import make_optimizer
 
@@ -28,7 +27,9 @@ def show_simulated(best: Estimate, optimizer: OptimizerConfig) -> None:
     Raises LayoutError where what is asked for can't be simulated.
     """
     run, arrangement = best.run, best.arrangement
-    rank = max(ranks_of(run, arrangement), key=lambda each: memory_of_rank(run, arrangement, each, "cpu").total)
+    rank = max(
+        ranks_of(run, arrangement), key=lambda each: memory_of_rank(run, arrangement, each, "cpu").total
+    )
     began = time.perf_counter()
     with warnings.catch_warnings():
         # torch's, of things that matter to those who change activations in place
@@ -40,8 +41,7 @@ def show_simulated(best: Estimate, optimizer: OptimizerConfig) -> None:
         f"\nA step as rank {number} of {arrangement.layout.world_size}, with the CPU's operators, simulated here in "
         f"{seconds:.0f} s"
     )
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    console.print(_table(compare(run, arrangement, rank.place, step)))
+    console().print(_table(compare(run, arrangement, rank.place, step)))
 
 
 def _table(comparison: Comparison) -> Table:
@@ -52,7 +52,9 @@ def _table(comparison: Comparison) -> Table:
     for group, (size, unit) in UNITS.items():
         chosen = [figure for figure in comparison.figures if figure.group == group]
         for figure in (*chosen, comparison.total(group)):
-            table.add_row(group, figure.name, *_numbers(figure, size, unit), end_section=figure.name == "total")
+            table.add_row(
+                group, figure.name, *_numbers(figure, size, unit), end_section=figure.name == "total"
+            )
     return table
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.pipelining.stage import InferenceMode
 
 from parallel.apply import LaidOut, build_shards
 from parallel.build import Blueprint
@@ -28,6 +27,9 @@ class SimulatedPipeline(Pipeline):
 
 
 def _know_shapes(stages: list[Any], *_: Any) -> None:
+    # only here: older versions of torch have no such question, and no answer
+    from torch.distributed.pipelining._utils import InferenceMode
+
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
@@ -62,5 +61,7 @@ class TrafficLog:
     def _dimension(self, args: tuple[Any, ...]) -> str:
         name = next((arg for arg in reversed(args) if isinstance(arg, str)), None)
         if name is None:
-            name = next(ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)).group_name
+            name = next(
+                ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)
+            ).group_name
         return self._dimensions.get(name, "pp")

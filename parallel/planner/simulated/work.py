@@ -46,7 +46,15 @@ def _attention(
 
 
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log: Tensor, dropout: float, causal: bool, **_: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log: Tensor,
+    dropout: float,
+    causal: bool,
+    **_: Any,
 ) -> float:
     """Gradients of all three and of the scores; the scores are made once more."""
     return 2.5 * _attention(query, key, value, dropout, causal)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from model.count import flops_per_token
 from parallel.errors import LayoutError
@@ -14,6 +15,7 @@ from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.simulate import Simulated, simulate
 from tests.parallel.planner.cases import GPT, LLAMA, MOE, arranged, run_of
 from tests.parallel.planner.measured import measured_peak
+from train.cli import app
 from train.config_file import load_config
 from train.optimizer import make_optimizer
 
@@ -29,7 +31,12 @@ SHALLOW = {
 
 LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("1b", 64, 0, {}),
-    ("1b", 64, 0, {"model.tie_embeddings": False, "activation_checkpoint.mode": "none", "parallel.dp_replicate": 8}),
+    (
+        "1b",
+        64,
+        0,
+        {"model.tie_embeddings": False, "activation_checkpoint.mode": "none", "parallel.dp_replicate": 8},
+    ),
     ("1b", 64, 0, {"parallel.dp_replicate": 64, "parallel.dp_shard": 1}),
     ("1b", 1024, 0, {"parallel.tp": 16, "activation_checkpoint.mode": "selective"}),
     ("1b", 256, 0, {"parallel.tp": 4, "parallel.sequence_parallel": False}),
@@ -37,10 +44,20 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("1b", 512, 0, {"parallel.tp": 4, "parallel.cp": 2, "activation_checkpoint.mode": "every_nth"}),
     ("1b", 64, 0, {"parallel.pp": 4, "parallel.tp": 2}),
     ("1b", 64, 3, {"parallel.pp": 4, "parallel.tp": 2}),
-    ("1b", 64, 1, {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "data.global_batch_size": 256}),
+    (
+        "1b",
+        64,
+        1,
+        {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "data.global_batch_size": 256},
+    ),
     ("7b", 256, 0, {"parallel.reshard_after_forward": False, "data.global_batch_size": 256}),
     ("moe-8x1b", 64, 0, {"parallel.ep": 8, "activation_checkpoint.mode": "none"}),
-    ("moe-8x1b", 256, 0, {"parallel.ep": 4, "parallel.tp": 2, "parallel.cp": 2, "data.global_batch_size": 64}),
+    (
+        "moe-8x1b",
+        256,
+        0,
+        {"parallel.ep": 4, "parallel.tp": 2, "parallel.cp": 2, "data.global_batch_size": 64},
+    ),
 ]
 
 
@@ -109,7 +126,10 @@ def test_flops_of_all_ranks_together_are_the_models() -> None:
     """Without recomputation; of causal attention's backward the scores are made twice."""
     run, arrangement = run_of(LLAMA, sequences=8), arranged(2, dp_shard=2, tp=2, cp=2)
     step = simulated(run, arrangement)
-    ranks, model = arrangement.layout.world_size, flops_per_token(run.model, run.seq_len) * run.tokens_per_step
+    ranks, model = (
+        arrangement.layout.world_size,
+        flops_per_token(run.model, run.seq_len) * run.tokens_per_step,
+    )
     assert ranks * (step.matmul + step.attention * 3 / 3.5) == pytest.approx(model, rel=0.01)
 
 
@@ -144,3 +164,17 @@ def test_activations_are_sent_between_stages() -> None:
 def test_what_cant_be_simulated_is_refused_in_one_line(parallel: dict[str, Any], named: str) -> None:
     with pytest.raises(LayoutError, match=f"^{named}.* use [^\n]*$"):
         simulated(run_of(LLAMA, sequences=8), arranged(1, "full", **parallel))
+
+
+def test_the_command_shows_both_sides() -> None:
+    """And says in one line what can't be simulated."""
+    sizes = ["model.vocab_size=512", "model.num_layers=2", "data.micro_batch_size=1"]
+    command = ["plan", "tiny", *sizes, "parallel.tp=2", "--gpus", "8", "--layout", "given", "--simulate"]
+    done = CliRunner().invoke(app, [*command, "run.steps=1"])
+    assert done.exit_code == 0, done.output
+    rows = [line.split("│")[1:-1] for line in done.output.splitlines() if line.startswith("│")]
+    totals = {row[0].strip(): row[4].strip() for row in rows if row[1].strip() == "total"}
+    assert set(totals) == {"memory", "FLOPs", "traffic"}
+    assert all(abs(float(totals[group].rstrip("%"))) <= 5 for group in ("FLOPs", "traffic"))
+    refused = CliRunner().invoke(app, [*command, "run.steps=1", "parallel.cpu_offload=true"])
+    assert isinstance(refused.exception, LayoutError)
