@@ -6,11 +6,9 @@ python -m benchmarks.layouts [h100-80gb]
 import sys
 
 from parallel.errors import LayoutError
-from parallel.planner.estimate import Estimate
-from parallel.planner.facts import RunFacts
 from parallel.planner.hardware import Device, load_device
-from parallel.planner.search import search
-from train.plan import Budget, load_for_plan, overrides_of, run_facts
+from train.config import Config
+from train.plan import Budget, load_for_plan, make_plan
 
 PRESETS = ("1b", "3b", "7b", "13b", "30b", "70b", "405b", "moe-8x1b", "moe-8x7b", "moe-64x1b")
 SIZES = (8, 64, 512, 4096)
@@ -22,21 +20,21 @@ def main() -> None:
     print(f"| preset | {' | '.join(f'{size:,} GPUs' for size in SIZES)} |")
     print(f"|{'---|' * (len(SIZES) + 1)}", flush=True)
     for preset in PRESETS:
-        run = run_facts(load_for_plan(preset, [], Budget()))
-        cells = (_cell(run, size, device) for size in SIZES)
+        config = load_for_plan(preset, [], Budget())
+        cells = (_cell(config, size, device) for size in SIZES)
         print(f"| {preset} | {' | '.join(cells)} |", flush=True)
 
 
-def _cell(run: RunFacts, size: int, device: Device) -> str:
+def _cell(config: Config, size: int, device: Device) -> str:
     try:
-        best = search(run, size, device).fitting[0]
+        plan = make_plan(config, size, device, Budget())
     except LayoutError:
         return "-"
-    return f"`{_written(best)}` {best.utilization:.0%}"
+    return f"`{_written(plan.pasted)}` {plan.best.utilization:.0%}"
 
 
-def _written(best: Estimate) -> str:
-    short = (each.partition(".")[2] for each in overrides_of(best))
+def _written(overrides: list[str]) -> str:
+    short = (each.partition(".")[2] for each in overrides)
     return " ".join(short).replace(" mode=none", "")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.count import flops_per_token, parameter_count
-from parallel.config import ActivationCheckpointConfig
+from parallel.config import ActivationCheckpointConfig, ParallelConfig
 from parallel.fit import HAS_STAGES, check_fit, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.planner.estimate import Estimate, estimate
@@ -20,6 +20,11 @@ from train.errors import ConfigError
 from train.scaling import recommend
 
 DAY, HOUR = 86_400.0, 3_600.0
+LAYOUT_KEYS = (
+    *("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep"),
+    *("reshard_after_forward", "sequence_parallel"),
+)
+PIPELINE_KEYS = ("pp_schedule", "stages_per_rank")
 UNUSED = "data.path=unused"
 """A plan reads no data."""
 
@@ -102,6 +107,8 @@ class Plan:
     """Layouts that don't fit."""
     weighed: int
     """How many layouts were looked at."""
+    pasted: list[str]
+    """The keys that make the configuration have the best."""
 
     @property
     def best(self) -> Estimate:
@@ -132,10 +139,16 @@ def make_plan(
     if as_given:
         layout = resolve_layout(config.parallel, world_size)
         best = estimate(run, arrangement_of(config, layout), device)
-        return Plan(Training(best, _tokens(config, best, budget)), [], [], 1)
+        return Plan(Training(best, _tokens(config, best, budget)), [], [], 1, overrides_of(best, config))
     found = search(run, world_size, device)
     best, *rivals = found.fitting
-    return Plan(Training(best, _tokens(config, best, budget)), rivals, found.too_large, found.weighed)
+    return Plan(
+        Training(best, _tokens(config, best, budget)),
+        rivals,
+        found.too_large,
+        found.weighed,
+        overrides_of(best, config),
+    )
 
 
 def memory_of(config: Config, layout: Layout, device: Device) -> Memory:
@@ -151,13 +164,17 @@ def run_facts(config: Config) -> RunFacts:
     """What of a configuration a plan is made from.
 
     Raises:
-        ConfigError: it is of another model, or the vocabulary isn't known.
+        ConfigError: it is of another model or engine, or the vocabulary isn't known.
     """
     model = config.model
     if not isinstance(model, ModelConfig) or model.type not in HAS_STAGES:
         raise ConfigError(
             f"model.type={model.type} can't be planned: use one of {', '.join(HAS_STAGES)}, whose layers are alike"
         )
+    if config.parallel.engine != "torch":
+        raise ConfigError("parallel.engine=deepspeed can't be planned: use parallel.engine=torch")
+    if config.parallel.cpu_offload:
+        raise ConfigError("parallel.cpu_offload=true can't be planned: use parallel.cpu_offload=false")
     if model.vocab_size is None:
         raise ConfigError("a plan must know the vocabulary: set model.vocab_size, 32000 for example")
     return RunFacts(
@@ -171,8 +188,6 @@ def arrangement_of(config: Config, layout: Layout) -> Arrangement:
     Raises:
         LayoutError, ConfigError: it can't be.
     """
-    if config.parallel.engine != "torch":
-        raise ConfigError("parallel.engine=deepspeed can't be planned: use parallel.engine=torch")
     if config.activation_checkpoint.mode == "auto":
         raise ConfigError(
             "activation_checkpoint.mode=auto decides when a run starts: plan with none, selective, every_nth or full"
@@ -221,21 +236,21 @@ def _tokens(config: Config, best: Estimate, budget: Budget) -> float:
     return tokens
 
 
-def overrides_of(found: Estimate) -> list[str]:
-    """The keys that make a run have this layout; those that are at their defaults left out, dp_shard always said."""
+def overrides_of(found: Estimate, config: Config) -> list[str]:
+    """The keys that give a configuration this layout: those that it or the default has otherwise, and a few always."""
     arrangement = found.arrangement
-    parallel = arrangement.parallel
-    sizes = {name: getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep")}
-    keys = {f"parallel.{name}": size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
-    if parallel.pp > 1:
-        keys["parallel.pp_schedule"] = parallel.pp_schedule
-        if parallel.pp_schedule == "interleaved_1f1b":
-            keys["parallel.stages_per_rank"] = parallel.stages_per_rank
-    elif not parallel.reshard_after_forward:
-        keys["parallel.reshard_after_forward"] = "false"
+    parallel, given = arrangement.parallel, config.parallel
+    default = ParallelConfig(pp_schedule=parallel.pp_schedule)
+    keys: dict[str, object] = {}
+    for name in (*LAYOUT_KEYS, *(PIPELINE_KEYS if parallel.pp > 1 else ())):
+        value = getattr(parallel, name)
+        differs = name in given.model_fields_set and getattr(given, name) != value
+        if value != getattr(default, name) or differs:
+            keys[f"parallel.{name}"] = value
     keys["data.micro_batch_size"] = arrangement.micro_batch_size
+    keys |= _recomputation(arrangement.activation_checkpoint)
     return [
-        f"{key}={value}" for key, value in (keys | _recomputation(arrangement.activation_checkpoint)).items()
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()
     ]
 
 

@@ -76,7 +76,7 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     after = master * (stored if reduces_each or one else computed)
     at_once = under_way(arrangement, rank, arrangement.micro_batches(run))
     # with all forwards first, there are no gradients while most is kept
-    at_work = ((at_once, 0.0), (1.0, before)) if all_first(arrangement) else ((at_once, before),)
+    at_work = ((at_once, 0.0), (1.0, before)) if _all_first(arrangement) else ((at_once, before),)
     moments = (
         *(
             replace(moment, gradients=reduced)
@@ -90,7 +90,7 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     return replace(most, weights=steady.weights, optimizer=steady.optimizer)
 
 
-def all_first(arrangement: Arrangement) -> bool:
+def _all_first(arrangement: Arrangement) -> bool:
     """Whether all forwards of a step come before its first backward."""
     return arrangement.layout.pp > 1 and arrangement.parallel.pp_schedule == "gpipe"
 
@@ -102,7 +102,7 @@ def _passes(
     under way."""
     layout, a = arrangement.layout, run.itemsize
     in_loss, waiting, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0, 0.0)
-    others = (several - 1) * waiting if all_first(arrangement) else 0.0
+    others = (several - 1) * waiting if _all_first(arrangement) else 0.0
     in_loss, after_loss = in_loss + others, after_loss + others
     kept = sum(layer.kept * layer.count for layer in _layers(run, arrangement, rank, device))
     kept = kept * several + _between_stages(run, arrangement, rank, several)

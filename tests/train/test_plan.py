@@ -42,6 +42,15 @@ def test_what_is_printed(tmp_path: Path) -> None:
         assert first == second, "the keys that are printed make the layout that is planned"
 
 
+def test_keys_undo_what_the_configuration_says() -> None:
+    said = ["parallel.pp=4", "parallel.pp_schedule=interleaved_1f1b", "parallel.stages_per_rank=4"]
+    made = make_plan(load_for_plan("7b", said, Budget()), 64, GPU, Budget())
+    config = load_for_plan("7b", [*said, *made.pasted], Budget())
+    layout = resolve_layout(config.parallel, 64)
+    assert layout == made.best.arrangement.layout
+    assert memory_of(config, layout, GPU) == made.best.memory
+
+
 def test_budgets_agree() -> None:
     """Tokens, FLOPs and days are three ways to say the same."""
     config = load_for_plan("1b", [], Budget(tokens=1e11))
@@ -84,7 +93,8 @@ def test_memory_before_a_start() -> None:
         (["7b", "data.global_batch_size=12", "--gpus", "8", "--layout", "given"], "data.global_batch_size=8"),
         (["tiny", "--gpus", "8", "--tokens", "1B"], "set model.vocab_size"),
         (["t5", "model.vocab_size=32000", "--gpus", "8", "--tokens", "1T"], "model.type=encoder_decoder"),
-        (["7b", "parallel.engine=deepspeed", "--gpus", "8", "--layout", "given"], "parallel.engine=torch"),
+        (["7b", "parallel.engine=deepspeed", "--gpus", "8"], "use parallel.engine=torch"),
+        (["7b", "parallel.cpu_offload=true", "--gpus", "8"], "use parallel.cpu_offload=false"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str) -> None:

@@ -75,7 +75,7 @@ def _show(name: str, made: "Plan") -> None:
     from model.count import parameter_count
     from train.cli.console import console
     from train.counts import format_count
-    from train.plan import format_seconds, overrides_of
+    from train.plan import format_seconds
 
     best = made.best
     run, layout, device = best.run, best.arrangement.layout, best.device
@@ -85,7 +85,7 @@ def _show(name: str, made: "Plan") -> None:
         f"{name}: {format_count(counts.total)} parameters{active}, {run.precision}, {run.global_batch_size} sequences "
         f"of {run.seq_len} tokens in a step\n{layout.world_size} x {device.name}: {_described(best)}"
     )
-    print(f"  {' '.join(overrides_of(best))}\n")
+    print(f"  {' '.join(made.pasted)}\n")
     memory, time = best.memory, best.time
     if not best.fits:
         print("this layout doesn't fit: leave out --layout given for one that does")
