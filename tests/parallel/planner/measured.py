@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.config import known
 from parallel.config import CompileConfig
 from parallel.engine import EngineConfig
 from parallel.gradients import local
@@ -78,7 +79,9 @@ class _Counter(TorchDispatchMode):
         output = operator(*args, **(kwargs or {}))
         kind = KINDS.get(operator.name().rpartition("::")[2].partition(".")[0])
         if kind is not None:
-            tensors = [leaf for leaf in tree_leaves((args, output)) if isinstance(leaf, Tensor)]
+            # how much comes from other ranks' experts is theirs to say
+            sides = args if kind == "all_to_all" else (args, output)
+            tensors = [leaf for leaf in tree_leaves(sides) if isinstance(leaf, Tensor)]
             self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
         return output
 
@@ -91,6 +94,7 @@ KINDS = {
     "reduce_scatter_tensor": "reduce_scatter",
     "all_reduce": "all_reduce",
     "all_to_all_single": "all_to_all",
+    "send": "send",
 }
 
 
@@ -104,13 +108,17 @@ GROUPED = {torch.ops.trireme.grouped_linear: _grouped, torch.ops.trireme.grouped
 def counted_step(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
     """FLOPs of a rank's matrix products in a real step, and the bytes of its collectives by kind."""
     with simulated_rank(0, arrangement.layout.world_size):
-        engine = _engine(run, arrangement)
-        tokens = torch.zeros(
-            run.global_batch_size // arrangement.layout.data_size, run.seq_len, dtype=torch.int64
-        )
-        with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
-            engine.forward_backward(Sequences({"tokens": tokens}, tokens), 0)
-            engine.step(0.0)
+        return counted_here(run, arrangement)
+
+
+def counted_here(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
+    """The same of this process, in a group of as many as the layout has."""
+    engine = _engine(run, arrangement)
+    sequences = run.global_batch_size // arrangement.layout.data_size
+    tokens = torch.randint(0, known(run.model.vocab_size), (sequences, run.seq_len))
+    with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
+        engine.forward_backward(Sequences({"tokens": tokens}, tokens), 0)
+        engine.step(0.0)
     return flops.get_total_flops(), dict(counter.bytes)
 
 

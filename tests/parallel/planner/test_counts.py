@@ -1,5 +1,6 @@
 """The predicted FLOPs and bytes of a step are those that a real step's operators have."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from parallel.planner.facts import RunFacts
 from parallel.planner.rank import rank_at
 from parallel.planner.traffic import bytes_by_kind, traffic_of_rank
 from parallel.planner.work import work_of_rank
+from parallel.processes import WorkerPool
 from tests.parallel.planner.cases import GPT, LLAMA, MOE, SANDWICH, SHARED, arranged, run_of
-from tests.parallel.planner.measured import counted_step
+from tests.parallel.planner.measured import counted_here, counted_step
 
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -23,6 +25,8 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
+FEW = 4096
+"""Bytes of counts, losses and norms."""
 CASES = [(LLAMA, sizes, again) for sizes in LAYOUTS for again in ("none", "full")]
 CASES += [(model, sizes, "full") for model in (GPT, SANDWICH, SHARED) for sizes in (LAYOUTS[3], LAYOUTS[4])]
 
@@ -39,9 +43,35 @@ def test_a_step_is_what_it_is_predicted_to_be(
     predicted: dict[str, float] = {}
     for (kind, _), size in bytes_by_kind(traffic_of_rank(run, arrangement, rank)).items():
         predicted[kind] = predicted.get(kind, 0.0) + size
-    few = 4096  # of counts, losses and norms
     for kind in sent.keys() | predicted.keys():
-        assert predicted.get(kind, 0.0) == pytest.approx(sent.get(kind, 0.0), rel=0.05, abs=few), kind
+        assert predicted.get(kind, 0.0) == pytest.approx(sent.get(kind, 0.0), rel=0.05, abs=FEW), kind
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "again"),
+    [
+        (MOE, {"dp_shard": 2, "ep": 2}, "none"),
+        (MOE, {"dp_shard": 2, "ep": 2}, "full"),
+        (LLAMA, {"pp": 2}, "full"),
+        (LLAMA, {"pp": 2, "pp_schedule": "interleaved_1f1b"}, "none"),
+    ],
+)
+def test_two_processes_send_what_is_predicted(
+    pools: dict[int, WorkerPool], model: dict[str, Any], sizes: dict[str, Any], again: str
+) -> None:
+    """Together: rows go to where their experts are, and stages differ."""
+    run, arrangement = run_of(model, sequences=8), arranged(1, again, **sizes)
+    counted = pools[2].run(counted_here, run, arrangement)
+    ranks = [rank_at(run, arrangement, place if arrangement.layout.pp > 1 else 0) for place in (0, 1)]
+    works = [work_of_rank(run, arrangement, rank).total.matmul for rank in ranks]
+    assert sum(works) * arrangement.micro_batches(run) == pytest.approx(sum(f for f, _ in counted), rel=0.05)
+    predicted: Counter[str] = Counter()
+    for rank in ranks:
+        for (kind, _), size in bytes_by_kind(traffic_of_rank(run, arrangement, rank)).items():
+            predicted[kind] += size
+    sent = sum((Counter(sizes) for _, sizes in counted), Counter())
+    for kind in {*sent, *predicted}:
+        assert predicted[kind] == pytest.approx(sent[kind], rel=0.05, abs=2 * FEW), kind
 
 
 def test_experts_are_counted_by_those_that_are_used() -> None:
