@@ -85,6 +85,24 @@ class NormConfig(BaseModel):
     """Norm of the embeddings too, before the first block (BLOOM)."""
 
 
+class MupConfig(BaseModel):
+    """Maximal update parametrization for Adam (Yang et al. 2022, Tensor Programs V, table 8).
+
+    The base is this model with every width divided by d_model / base_width: d_ff, and heads or head_dim, too.
+    Learning rate and initial weights that are best for the base are so for this model. Over the base's, weights
+    with wide inputs have a rate of 1 / multiplier (with weight decay times it, so that their product stays) and
+    initial weights of 1 / root of it; those of a head or a router, whose outputs don't grow, 1 / multiplier.
+    """
+
+    model_config = SECTION
+
+    base_width: PositiveInt
+    """The d_model for which optimizer.lr and init_std were found."""
+    base_head_dim: PositiveInt | None = None
+    """The base's head_dim, where heads grow wider with the model and not only more: scores are then divided by
+    head_dim / root(base_head_dim), not by root(head_dim)."""
+
+
 class BaseModelConfig(BaseModel):
     """What the configuration of every model has."""
 
@@ -114,6 +132,11 @@ class BaseModelConfig(BaseModel):
         return 2 * self.num_layers
 
     @property
+    def width_multiplier(self) -> float:
+        """By how much the model is wider than the one whose learning rate and initial weights it is given."""
+        return 1.0
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """The arguments of `loss_sum` beside the targets: columns of the data, or `seeds`.
 
@@ -134,6 +157,8 @@ class ModelConfig(BaseModelConfig):
     """Unset: every feed-forward layer is dense."""
     norm: NormConfig = NormConfig()
     loss: LossConfig = LossConfig()
+    mup: MupConfig | None = None
+    """Unset: the standard parametrization, whose best learning rate falls with the width."""
     tie_embeddings: bool = True
     """One matrix for the embedding and the head."""
     parallel_layers: bool = False
@@ -157,6 +182,7 @@ class ModelConfig(BaseModelConfig):
             update = {"d_ff": max(1, -(-wanted // multiple)) * multiple}
             object.__setattr__(self, "ffn", self.ffn.model_copy(update=update))
         self._resolve_moe()
+        self._check_mup()
         object.__setattr__(self, "positional", self.positional.resolved(self.max_seq_len))
         check_positions(self.positional, self.attention, self.d_model)
         return self
@@ -171,6 +197,37 @@ class ModelConfig(BaseModelConfig):
             )
         if self.moe.d_ff is None:
             object.__setattr__(self, "moe", self.moe.model_copy(update={"d_ff": self.ffn.d_ff}))
+
+    def _check_mup(self) -> None:
+        if self.mup is None:
+            return
+        if self.init == "xavier":
+            raise ValueError(
+                "model.init=xavier has no scale that model.mup could carry over from a narrower model: use "
+                "model.init=gpt2"
+            )
+        if self.mup.base_head_dim is not None and self.attention.variant == "linear":
+            raise ValueError(
+                f"model.mup.base_head_dim={self.mup.base_head_dim} has no effect with "
+                f"model.attention.variant=linear, which has no scores: leave it out"
+            )
+
+    @property
+    def width_multiplier(self) -> float:
+        """By how much the model is wider than the one whose learning rate and initial weights it is given."""
+        return 1.0 if self.mup is None else self.d_model / self.mup.base_width
+
+    @property
+    def readout_scale(self) -> float:
+        """What a head's inputs are multiplied by: a tied one can't have initial weights and a rate of its own."""
+        return 1.0 / self.width_multiplier if self.tie_embeddings else 1.0
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by: scores are sums over head_dim, which learned ones grow with."""
+        if self.mup is None or self.mup.base_head_dim is None:
+            return 1.0
+        return float((self.mup.base_head_dim / known(self.attention.head_dim)) ** 0.5)
 
     @property
     def memory_len(self) -> int | None:

@@ -34,6 +34,8 @@ def initial_rows(
     rows = torch.empty(stop - start, *rest, device="cpu")
     scaled = weight.init == "residual" and config.residual_scaled_init
     shrink = math.sqrt(config.residual_sums(name)) if scaled else 1.0
+    if weight.wide_inputs:
+        shrink *= config.width_multiplier ** (1.0 if weight.wide == "in" else 0.5)
     for block in range(start // size, -(-stop // size)):
         digest = blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
@@ -56,7 +58,7 @@ def _fill(
     """Draw some rows of a random parameter of `shape`.
 
     gpt2 is normal (Radford et al. 2019). xavier is uniform for linear weights, with the variance
-    2 / (in + out) (Glorot and Bengio 2010). Either is made smaller by `shrink`.
+    2 / (in + out) (Glorot and Bengio 2010). Either is made smaller by `shrink`, for depth and for width (`mup`).
     """
     if config.init == "xavier" and init in ("normal", "residual") and len(shape) > 1:
         bound = math.sqrt(6 / (shape[-1] + shape[-2])) / shrink

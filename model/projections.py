@@ -29,13 +29,16 @@ class Projections(nn.Module):
         self.value = nn.Linear(config.d_model, num_kv_heads * self.head_dim, bias=attention.bias)
         self.output = nn.Linear(num_heads * self.head_dim, config.d_model, bias=attention.bias)
         eps = config.norm.eps
+        self.query_scale = config.query_scale
         self.query_norm = nn.RMSNorm(self.query_dim, eps) if attention.qk_norm else None
         self.key_norm = nn.RMSNorm(self.query_dim, eps) if attention.qk_norm else None
 
     def queries(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, H, Q)."""
         query = self.query(x).unflatten(-1, (-1, self.query_dim))
-        return query if self.query_norm is None else self.query_norm(query)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        return query if self.query_scale == 1.0 else query * self.query_scale
 
     def keys(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, K, Q)."""

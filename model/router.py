@@ -110,7 +110,7 @@ class Router(nn.Module):
             self.selection_bias += error * applied * self.config.bias_rate
 
     def weights(self) -> dict[str, Weight]:
-        return {"weight": Weight("replicated", "normal")}
+        return {"weight": Weight("replicated", "normal", wide="in")}
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

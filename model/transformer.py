@@ -204,7 +204,7 @@ class Trunk(Stack, Model):
 
         loss_func(logits (B * T, V), targets (B * T, ...)) may say what the loss is, of targets of other kinds too.
         """
-        states, routings = hidden
+        states, routings = self._scaled(hidden)
         logits = self.vocabulary.logits(states[:, -1:] if last_only else states, self._head_weight())
         if targets is None:
             return logits
@@ -220,7 +220,7 @@ class Trunk(Stack, Model):
 
     def _loss_sum(self, hidden: Hidden, targets: Tensor, part: Part | None = None) -> Tensor:
         """The sum of the losses over targets (B, T), or a part, without the logits of all tokens at once."""
-        states, routings = hidden
+        states, routings = self._scaled(hidden)
         here = targets if part is None else part.of(targets)
         loss = self.vocabulary.loss_sum(
             states.flatten(0, 1), self._head_weight(), here.flatten(), self._loss_config()
@@ -228,6 +228,10 @@ class Trunk(Stack, Model):
         if not routings:
             return loss
         return add_gradient_of(loss, auxiliary_sum(routings, (targets != IGNORE_INDEX).sum(dim=1)))
+
+    def _scaled(self, hidden: Hidden) -> Hidden:
+        scale = self.config.readout_scale
+        return hidden if scale == 1.0 else hidden._replace(states=hidden.states * scale)
 
     def _loss_config(self) -> LossConfig:
         return self.config.loss if self.training else CROSS_ENTROPY
@@ -240,7 +244,7 @@ class Trunk(Stack, Model):
         if isinstance(self.embedding, nn.Embedding):
             weights["embedding.weight"] = Weight("vocabulary", "embedding")
         if isinstance(self.head, nn.Linear):
-            weights["head.weight"] = Weight("vocabulary", "normal")
+            weights["head.weight"] = Weight("vocabulary", "normal", wide="in")
         return weights
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ Sharding = Literal[
     "experts",
 ]
 Init = Literal["normal", "residual", "embedding", "score_bias", "zeros", "ones"]
+Wide = Literal["both", "in", "out"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,23 @@ class Weight:
     of its gradient, to be summed.
     init: normal and residual are linear weights, residual those of projections into the residual stream;
     embedding is a look-up table of vectors, score_bias one of numbers that are added to attention's scores.
+    wide: which sides of a linear weight are as wide as the model is: its inputs (the outputs being a number that
+    doesn't grow with it, of words or experts), its outputs, or both.
     """
 
     sharding: Sharding
     init: Init
+    wide: Wide = "both"
 
     @property
     def decays(self) -> bool:
         """Whether weight decay is meant for it: for linear weights and vectors, not for biases and norms."""
         return self.init in ("normal", "residual", "embedding")
+
+    @property
+    def wide_inputs(self) -> bool:
+        """Whether it sums over a number of inputs that grows with the model's width."""
+        return self.init in ("normal", "residual") and self.wide != "out"
 
 
 @runtime_checkable
@@ -51,10 +60,10 @@ class Declares(Protocol):
 
 
 def linear_weights(
-    name: str, layer: nn.Linear, sharding: Sharding, init: Init = "normal"
+    name: str, layer: nn.Linear, sharding: Sharding, init: Init = "normal", wide: Wide = "both"
 ) -> dict[str, Weight]:
     """Declare a linear layer; its bias is cut as its output is."""
-    weights = {f"{name}.weight": Weight(sharding, init)}
+    weights = {f"{name}.weight": Weight(sharding, init, wide)}
     if layer.bias is not None:
         cuts_output = sharding not in ("row", "heads_in")
         weights[f"{name}.bias"] = Weight(sharding if cuts_output else "replicated", "zeros")

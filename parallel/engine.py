@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,12 @@ class Engine(ABC):
     @abstractmethod
     def restore(self, fill: Fill, *, weights_only: bool = False) -> None:
         """Go on from other weights, or from another state: `fill` is given what `weights` or `state` returns."""
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Of every group, `lr` times the group's own `lr_scale`, where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def _seed_of(*parts: int) -> int:

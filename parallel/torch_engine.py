@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from parallel.apply import LaidOut, lay_out
 from parallel.context import Context
 from parallel.cut import holders, view
-from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
+from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.fp8 import check_device
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.gradients import add_partial, clip, global_norm, local, skip_unless_finite
@@ -99,8 +99,7 @@ class TorchEngine(Engine):
         clip(list(named.values()), norm, self.max_grad_norm, self.loss_scale.scale)
         overflow = skip_unless_finite(self.optimizer, norm)
         self.loss_scale.update(overflow)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._balance_experts(1 - overflow)

@@ -87,6 +87,9 @@ class SlurmConfig(Section):
     """GPUs of each node, and as many processes."""
     procs_per_node: int | None = Field(None, ge=1)
     """Without GPUs: processes on each node."""
+    gpu: Line | None = None
+    """Which GPUs these are, by a name in configs/hardware/ or a file: whether a run fits their memory is then predicted
+    before it is submitted."""
     gres: Line | None = None
     """Generic resources instead of plain GPUs, such as `gpu:h100:8`; gpus_per_node still says how many processes."""
     cpus_per_process: int = Field(1, ge=1)

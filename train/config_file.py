@@ -118,8 +118,8 @@ def find_config(path_or_name: str) -> Path:
 
 
 def all_configs() -> list[Path]:
-    """Every configuration that comes with the project."""
-    return sorted(CONFIGS.rglob("*.yaml"))
+    """Every configuration of a run that comes with the project."""
+    return sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "hardware")
 
 
 def _read_file(path: Path, settings: _Layers, seen: tuple[Path, ...]) -> None:

@@ -35,6 +35,11 @@ def turned(values: Values, config: Config, dial: DialConfig, said: Values) -> Va
         raise ConfigError(
             f"{because} must know the vocabulary: set model.vocab_size to that of {config.data.path}"
         )
+    if base.mup is not None and "optimizer.lr" not in said:
+        raise ConfigError(
+            f"{because} takes optimizer.lr from a law of the standard parametrization, but model.mup takes one "
+            f"that was found at model.d_model={base.mup.base_width}: set optimizer.lr to that along with the dial"
+        )
     shape = _shape(base, dial, because)
     model = resized(base, shape)
     for key in shape:

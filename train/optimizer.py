@@ -1,4 +1,6 @@
-"""The optimizer: AdamW with decay on what declares it."""
+"""The optimizer: AdamW with decay on what declares it, and a learning rate by width."""
+
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -7,19 +9,29 @@ from model.weights import declared_weights
 from train.config import OptimizerConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW in two groups: linear weights and embeddings decay; biases, norms and the like don't."""
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, width_multiplier: float = 1.0
+) -> torch.optim.AdamW:
+    """Fused AdamW. Linear weights and embeddings decay; biases, norms and the like don't.
+
+    width_multiplier: of the model's configuration; weights that sum over a wide model's inputs learn so many times
+    slower, and decay at the same rate as the others. Such groups have their part of the learning rate as `lr_scale`.
+    """
     declared = declared_weights(model)
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        groups[declared[name].decays].append(parameter)
+        weight = declared[name]
+        groups[weight.decays, 1 / width_multiplier if weight.wide_inputs else 1.0].append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-            for decays, parameters in groups.items()
-            if parameters
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay / scale if decays else 0.0,
+                "lr": config.lr * scale,
+                "lr_scale": scale,
+            }
+            for (decays, scale), parameters in groups.items()
         ],
-        lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,

@@ -112,7 +112,10 @@ def engine_of(plan: Plan, device: torch.device) -> Engine:
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.run.seed,
     )
-    return make_engine(settings, plan.layout, device, lambda model: make_optimizer(model, config.optimizer))
+    width = config.model.width_multiplier
+    return make_engine(
+        settings, plan.layout, device, lambda model: make_optimizer(model, config.optimizer, width)
+    )
 
 
 def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progress:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from parallel.planner.estimate import fits
+from parallel.planner.hardware import load_device
 from slurm.commands import have_cluster, queue
 from slurm.submit import check, next_submission, submissions, submit
 from slurm.template import Job, render
@@ -15,7 +17,8 @@ from train import run_folder
 from train.config import Config
 from train.config_file import CONFIGS, Loaded, load_config
 from train.errors import ConfigError
-from train.resolve import resolve
+from train.plan import memory_of
+from train.resolve import Plan, resolve
 
 _PROJECT = CONFIGS.parent
 
@@ -70,6 +73,7 @@ def prepare_runs(loaded: Sequence[Loaded], *, array: str | None = None) -> Prepa
         plan = resolve(each, first.slurm.world_size)
         folder = run_folder.folder_of(plan.config)
         run_folder.check_same_run(folder, plan)
+        _check_memory(plan)
         runs[folder.path.absolute()] = each.config
     job = Job(
         name=array or first.run.name,
@@ -83,6 +87,26 @@ def prepare_runs(loaded: Sequence[Loaded], *, array: str | None = None) -> Prepa
         array=array is not None,
     )
     return Prepared(job, runs)
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raises ConfigError where GPUs of the kind that `slurm.gpu` names have too little memory."""
+    name = plan.config.slurm.gpu
+    if name is None:
+        return
+    device = load_device(name)
+    try:
+        memory = memory_of(plan.config, plan.layout, device)
+    except ConfigError as error:  # all that isn't fit to run has been refused before
+        print(f"slurm.gpu={name}: memory is not predicted: {error}", file=sys.stderr)
+        return
+    if not fits(memory, device):
+        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items() if size >= 5e7)
+        raise ConfigError(
+            f"{plan.config.run.name} would need {memory.total / 1e9:.1f} GB ({parts}) of the "
+            f"{device.memory_bytes / 1e9:.1f} of slurm.gpu={name}: `trireme plan CONFIG --gpus "
+            f"{plan.layout.world_size} --gpu {name}` shows layouts that fit"
+        )
 
 
 def show(prepared: Prepared) -> None:

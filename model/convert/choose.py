@@ -81,7 +81,10 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
+    tree = config.model_dump()
+    if config.readout_scale == config.query_scale == 1.0:
+        tree["mup"] = None
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:
         for name, value in tree.items():
@@ -93,7 +96,7 @@ def _flat(config: ModelConfig) -> dict[str, Any]:
             else:
                 flat[key] = value
 
-    walk(config.model_dump(), "")
+    walk(tree, "")
     if flat["attention.variant"] in ("mha", "gqa", "mqa"):  # told apart by num_kv_heads
         flat["attention.variant"] = "softmax"
     return flat

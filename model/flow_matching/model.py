@@ -117,7 +117,8 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(waves))).unsqueeze(1)
 
     def weights(self) -> dict[str, Weight]:
-        return linear_weights("up", self.up, "replicated") | linear_weights("down", self.down, "replicated")
+        up = linear_weights("up", self.up, "replicated", wide="out")
+        return up | linear_weights("down", self.down, "replicated")
 
     @staticmethod
     def cost(config: FlowMatchingConfig) -> Cost:

@@ -118,4 +118,4 @@ class ClassEmbedding(nn.Embedding):
         super().__init__(known(config.num_classes), config.d_model)
 
     def weights(self) -> dict[str, Weight]:
-        return {"weight": Weight("replicated", "normal")}
+        return {"weight": Weight("replicated", "normal", wide="out")}

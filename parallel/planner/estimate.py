@@ -26,8 +26,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has as much memory, and some to spare for what the prediction misses."""
-        return self.memory.total <= self.device.memory_bytes * ROOM
+        """As the function says."""
+        return fits(self.memory, self.device)
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,6 +44,11 @@ class Estimate:
         """Model FLOPs, recomputation not counted, over what the device's data sheet says (MFU)."""
         flops = flops_per_token(self.run.model, self.run.seq_len) * self.tokens_per_second_per_device
         return flops / self.device.peak_flops(self.run.precision)
+
+
+def fits(memory: Memory, device: Device) -> bool:
+    """Whether a device has as much memory, and some to spare for what the prediction misses."""
+    return memory.total <= device.memory_bytes * ROOM
 
 
 def estimate(run: RunFacts, arrangement: Arrangement, device: Device) -> Estimate:

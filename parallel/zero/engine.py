@@ -19,7 +19,7 @@ from parallel.apply import by_memory, check_blocks, prepare_layers
 from parallel.build import Blueprint
 from parallel.context import Context
 from parallel.cut import strides, view
-from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer
+from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE
 from parallel.gradients import clip, global_norm, skip_unless_finite
@@ -122,8 +122,7 @@ class DeepSpeedEngine(Engine):
         return torch.tensor(float(self.mesh.layout.shard_size), dtype=torch.float64, device=self.device)
 
     def step(self, lr: float) -> Tensor:
-        for group in self.library.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.library.optimizer, lr)
         own_norm = self._clip() if self._clips else None
         self.library.step()
         norm = self.library.get_global_grad_norm() if own_norm is None else own_norm

@@ -1,5 +1,6 @@
 """The `slurm` section, and what is refused before a job is submitted."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from slurm.config import SlurmConfig
 from tests.slurm.cluster import missing_programs
 from tests.train.running import environment
-from train.config_file import load_config
+from train.config_file import CONFIGS, load_config
 
 
 def trireme(*arguments: str, cwd: Path, code: int = 0) -> str:
@@ -79,6 +80,17 @@ def test_dry_run_prints_the_script_and_leaves_nothing(tiny_config: str, tmp_path
     assert f"runs=('{tmp_path}/runs/$(x) '\"'\"'y')" in lines
     assert not list(tmp_path.iterdir())
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_what_would_not_fit_is_refused_before_it_is_submitted(tiny_config: str, tmp_path: Path) -> None:
+    submit = ["submit", tiny_config, "slurm.gpus_per_node=2", "--dry-run"]
+    assert "#SBATCH" in trireme(*submit, "slurm.gpu=h100-80gb", cwd=tmp_path)
+    small = tmp_path / "small.yaml"
+    facts = (CONFIGS / "hardware" / "h100-80gb.yaml").read_text()
+    small.write_text(re.sub("memory_gib: [0-9.]+", "memory_gib: 2.0005", facts))
+    said = trireme(*submit, f"slurm.gpu={small}", cwd=tmp_path, code=2)
+    assert "run would need 2.1" in said and "reserve 2.1" in said and "trireme plan CONFIG --gpus 2" in said
+    assert "there is no device 'h1000'" in trireme(*submit, "slurm.gpu=h1000", cwd=tmp_path, code=2)
 
 
 def test_every_feature_finds_its_place(tiny_config: str, tmp_path: Path) -> None:

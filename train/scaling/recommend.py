@@ -9,11 +9,11 @@ OVERTRAINED = 200.0
 LARGEST_CORPUS = 15e12
 """Tokens; what Llama 3 was trained on (Grattafiori et al. 2024)."""
 LARGEST_BATCH = 4608 * 4096.0
-"""Tokens, of DeepSeek LLM 67B: beyond it the law was not tried."""
+"""Tokens, of DeepSeek LLM 67B (table 2): beyond it the law was not tried."""
 SMALLEST_BUDGET = 1e17
 """FLOPs that the laws were found from; the rates that they give below are too high (docs/scaling.md)."""
 MOST_WARMUP_STEPS = 2000
-"""Of DeepSeek LLM."""
+"""Of DeepSeek LLM (section 2.3)."""
 
 
 def batch_tokens(flops: float) -> float:

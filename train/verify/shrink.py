@@ -90,6 +90,10 @@ def _transformer(model: ModelConfig, sizes: Collection[int]) -> Values:
     }
     if attention.kernel == "flex":
         changed["attention.kernel"] = "auto"  # flex can't train on a CPU
+    if model.mup is not None:  # it stays as much wider than its base
+        changed["mup.base_width"] = max(1, round(d_model / model.width_multiplier))
+        if model.mup.base_head_dim is not None:
+            changed["mup.base_head_dim"] = max(1, round(head_dim * model.mup.base_head_dim / width))
     if model.moe is not None:
         top_k = min(model.moe.top_k, AT_MOST["moe.top_k"])
         changed["moe.num_experts"] = _experts(model.moe.num_experts, top_k, sizes)

@@ -106,7 +106,8 @@ def run_reference(experiment: Experiment) -> Curve:
     settings, dtype = experiment.optimizer, COMPUTE_DTYPE[experiment.precision]
     model = build_model(experiment.model).to(master_dtype(experiment.precision))
     initialize(model, experiment.model, experiment.seed)
-    loss_sum, optimizer = _LossSum(model), make_optimizer(model, settings)
+    width = experiment.model.width_multiplier
+    loss_sum, optimizer = _LossSum(model), make_optimizer(model, settings, width)
     save_file(loss_sum.state_dict(), experiment.folder / INITIAL)
     curve = Curve([], [])
     for step in range(experiment.steps):
@@ -187,8 +188,13 @@ def engine_of(experiment: Experiment, arrangement: Arrangement, seed: int) -> En
         max_grad_norm=experiment.optimizer.max_grad_norm,
         seed=seed,
     )
-    settings, device = experiment.optimizer, torch.device("cpu")
-    return make_engine(config, arrangement.layout, device, lambda model: make_optimizer(model, settings))
+    settings, width = experiment.optimizer, experiment.model.width_multiplier
+    return make_engine(
+        config,
+        arrangement.layout,
+        torch.device("cpu"),
+        lambda model: make_optimizer(model, settings, width),
+    )
 
 
 def _recomputation(experiment: Experiment, arrangement: Arrangement) -> ActivationCheckpointConfig:

@@ -176,5 +176,5 @@ def test_the_command_shows_both_sides() -> None:
     totals = {row[0].strip(): row[4].strip() for row in rows if row[1].strip() == "total"}
     assert set(totals) == {"memory", "FLOPs", "traffic"}
     assert all(abs(float(totals[group].rstrip("%"))) <= 5 for group in ("FLOPs", "traffic"))
-    refused = CliRunner().invoke(app, [*command, "run.steps=1", "parallel.cpu_offload=true"])
+    refused = CliRunner().invoke(app, [*command, "run.steps=1", "compile.enabled=true"])
     assert isinstance(refused.exception, LayoutError)
