@@ -3,7 +3,7 @@
 python -m benchmarks.checkpoint [MILLIONS OF PARAMETERS]
 
 The state is of weights and Adam's two moments in fp32, in one process. Each round saves once while the loop waits, once
-in the background, and writes as many bytes as a plain file, which is the disk's own rate; ratios are within a round,
+in the background, and writes as many bytes as a plain file, which is the disk's own rate. Ratios are within a round,
 their median over the rounds.
 """
 
@@ -58,6 +58,9 @@ def _round(savers: dict[str, Saver], state: dict[str, Tensor], folder: Path, ste
     waiting = _seconds(lambda: savers["waiting"].save(state, progress))
     copy = _seconds(lambda: savers["background"].save(state, progress))
     rest = _seconds(savers["background"].wait)
+    (folder / "plain").unlink(
+        missing_ok=True
+    )  # whose memory is then at hand: a machine may be slow to find some
     plain = _seconds(lambda: _write(folder / "plain", state))
     return {"waiting": waiting, "copy": copy, "background": copy + rest, "plain file": plain}
 

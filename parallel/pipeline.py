@@ -29,6 +29,7 @@ from parallel.batch import Batch
 from parallel.config import ParallelConfig
 from parallel.context import Context, at_work
 from parallel.gradients import local
+from parallel.passes import gradient_weight
 from parallel.stages import MANY_STAGES, Schedule, rank_of
 
 SCHEDULES: dict[Schedule, Any] = {
@@ -229,7 +230,7 @@ class Pipeline:
     def _loss(self, loss_sum: Tensor, targets: Tensor) -> Tensor:
         total = loss_sum.squeeze(0)
         self._sums.append(total.detach().double())
-        return total * self.stages[-1].weight
+        return total * gradient_weight(total, self.stages[-1].weight)
 
 
 class SharedParameters:

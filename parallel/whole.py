@@ -9,6 +9,7 @@ from torch import Tensor
 from parallel.batch import Batch
 from parallel.context import Context, at_work
 from parallel.fsdp import ShardedModel
+from parallel.passes import gradient_weight
 
 
 class Whole(ABC):
@@ -26,7 +27,7 @@ class Whole(ABC):
             self._before(last=number == len(micro_batches))
             with at_work(self.context, micro_batch.targets.shape[1]) as part:
                 loss_sum = self._forward(**micro_batch.inputs, targets=micro_batch.targets, **part)
-                self._backward(loss_sum * weight)
+                self._backward(loss_sum * gradient_weight(loss_sum, weight))
             total += loss_sum.detach()
         return total
 

@@ -2,9 +2,10 @@
 
 import os
 import sys
+from pathlib import Path
 
-from train.errors import told_in_one_line
-from train.stop import die_with_parent, hold_signals
+from train.errors import REFUSED_FILE, told_in_one_line
+from train.stop import die_with_parent, hold_signals, training_began
 
 
 def main(arguments: list[str]) -> None:
@@ -15,11 +16,20 @@ def main(arguments: list[str]) -> None:
     hold_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    with told_in_one_line():
-        from train.config_file import load_config
-        from train.worker import work
+    try:
+        with told_in_one_line():
+            _train(arguments)
+    except SystemExit:
+        if not training_began() and REFUSED_FILE in os.environ:
+            Path(os.environ[REFUSED_FILE]).touch()
+        raise
 
-        work(load_config(arguments[0], arguments[1:]))
+
+def _train(arguments: list[str]) -> None:
+    from train.config_file import load_config
+    from train.worker import work
+
+    work(load_config(arguments[0], arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from train.errors import RunError
+from train.errors import RunError, of_disk
 
 T = TypeVar("T")
 
@@ -16,18 +16,19 @@ def on_first_rank(action: Callable[[], T], what: str, group: dist.ProcessGroup |
     group: of all ranks, through which they agree; left out, the default one.
 
     Raises:
-        RunError: it raised RunError, or OSError, whose reason then follows `what`; on all ranks alike.
+        RunError: it raised RunError, or OSError, whose reason then follows `what`; on all ranks alike. NoSpace, which
+            is one, where there is no room.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except RunError as error:
-            outcome[1] = str(error)
+            outcome[1] = error
         except OSError as error:
-            outcome[1] = f"{what}: {type(error).__name__}: {error}"
+            outcome[1] = of_disk(what, error)
     dist.broadcast_object_list(outcome, group=group)
     result, failure = outcome
     if failure is not None:
-        raise RunError(failure)
+        raise failure
     return cast(T, result)

@@ -1,29 +1,28 @@
 """Checkpoints: safetensors and JSON, each existing wholly or not at all, readable at any layout."""
 
-import json
-import os
-import shutil
+import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from train.agree import on_first_rank
-from train.checkpoint_folder import FORMAT, MANIFEST, UNFINISHED, Progress, checksum, digest, remove
+from train.checkpoint_folder import Progress
+from train.checkpoint_writer import SafetensorsWriter
+from train.commit import begin, commit, give_up, place
 from train.config import CheckpointConfig
-from train.errors import RunError
-from train.retention import prune
+from train.errors import NoSpace, RunError, of_disk
+from train.retention import make_room, prune
+from train.stored import Stored
+
+log = logging.getLogger(__name__)
 
 
 def save(
@@ -33,78 +32,54 @@ def save(
     rules: CheckpointConfig,
     origin: Mapping[str, Any],
     group: dist.ProcessGroup | None = None,
+    spare: Callable[[], Path | None] = lambda: None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN, called by all ranks together; then remove those that no rule keeps.
 
-    It is written aside, checksummed, brought to the disk and renamed, so that what bears the name is whole. Either all
-    ranks return or all raise.
+    It is written aside, hashed, brought to the disk and renamed, so that what bears the name is whole. Either all
+    ranks return or all raise. Where the disk is full, those that would go then go at once, and it is tried once more.
 
     origin: what else the manifest says, such as the layout.
     group: of all ranks, through which they agree; left out, the default one.
+    spare: which of the old ones must not go yet; asked on rank 0.
 
     Raises:
-        RunError: the disk is full, or can't be written to.
+        NoSpace: the disk is full all the same.
+        RunError: it can't be written to.
     """
-    final = folder / f"step-{progress.step:08d}"
-    aside = final.with_suffix(UNFINISHED)
-    what = f"{final}: not saved"
+    final = place(folder, progress.step)
     try:
-        on_first_rank(lambda: _begin(aside), what, group)
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp_save(dict(tensors), storage_writer=writer, process_group=group)
-        on_first_rank(lambda: _commit(aside, final, progress, origin), what, group)
-    except CheckpointException as error:
-        _give_up(aside, _reason(error, what))
-    except RunError as error:
-        _give_up(aside, str(error))
-    on_first_rank(lambda: prune(folder, rules), f"{folder}: an old checkpoint can't be removed", group)
+        _write(final, tensors, progress, origin, group)
+    except NoSpace as error:
+        gone = on_first_rank(lambda: make_room(folder, rules), f"{folder}: no room can be made", group)
+        if not gone:
+            raise
+        log.warning("%s; removed to make room: %s", error, ", ".join(path.name for path in gone))
+        _write(final, tensors, progress, origin, group)
+    on_first_rank(
+        lambda: prune(folder, rules, spare()), f"{folder}: an old checkpoint can't be removed", group
+    )
     return final
 
 
-def _give_up(aside: Path, reason: str) -> NoReturn:
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    mend = "free some space and give the same command again: it goes on from the newest checkpoint"
-    raise RunError(f"{reason}; {mend}") from None
-
-
-def _begin(aside: Path) -> None:
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-
-
-def _commit(aside: Path, final: Path, progress: Progress, origin: Mapping[str, Any]) -> None:
-    files = sorted(file for file in aside.rglob("*") if file.is_file())
-    libraries = ["trireme", "torch", *(["deepspeed"] if origin.get("engine") == "deepspeed" else [])]
-    manifest = {
-        "format": FORMAT,
-        "versions": {name: version(name) for name in libraries},
-        "world_size": dist.get_world_size(),
-        **origin,
-        "progress": asdict(progress),
-        "files": {
-            str(file.relative_to(aside)): {"bytes": file.stat().st_size, "sha256": checksum(file)}
-            for file in files
-        },
-    }
-    manifest_file = aside / MANIFEST
-    manifest_file.write_text(json.dumps(manifest | {"sha256": digest(manifest)}, indent=1) + "\n")
-    for path in [*files, manifest_file, aside]:
-        _to_disk(path)
-    if final.exists():  # the same step again, after going back to an earlier checkpoint
-        remove(final)
-    aside.rename(final)
-    _to_disk(final.parent)
-
-
-def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The whole shape and the dtype of each tensor of a checkpoint, by name."""
-    stored = {}
-    for name, fact in HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items():
-        assert isinstance(fact, TensorStorageMetadata)
-        stored[name] = tuple(fact.size), fact.properties.dtype
-    return stored
+def _write(
+    final: Path,
+    tensors: Mapping[str, Tensor],
+    progress: Progress,
+    origin: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
+) -> None:
+    what = f"{final}: not saved"
+    origin = {"world_size": dist.get_world_size(), **origin}
+    try:
+        aside = on_first_rank(lambda: begin(final), what, group)
+        writer = SafetensorsWriter(aside)
+        dcp_save(dict(tensors), storage_writer=writer, process_group=group)
+        on_first_rank(lambda: commit(final, writer.written, progress, origin), what, group)
+    except (CheckpointException, RunError) as error:
+        failure = error if isinstance(error, RunError) else _told(error, what)
+        on_first_rank(lambda: give_up(final), what, group)
+        raise failure from None
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -113,7 +88,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         RunError: a name is missing, or its shape or dtype differs.
     """
-    stored = stored_tensors(path)
+    stored = Stored(path).facts
     for name, tensor in tensors.items():
         if name not in stored:
             raise RunError(f"{path}: has no tensor {name!r}: it was saved from another model")
@@ -128,17 +103,15 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
             dcp_load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise RunError(_reason(error, f"{path}: not loaded")) from None
+        raise _told(error, f"{path}: not loaded") from None
 
 
-def _reason(error: CheckpointException, what: str) -> str:
-    cause = next(iter(error.failures.values()))[0]
-    return f"{what}: {type(cause).__name__}: {cause}"
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _told(error: CheckpointException, what: str) -> RunError:
+    """What went wrong on the ranks; that there is no room only if it is that on all of them."""
+    told = [
+        of_disk(what, cause)
+        if isinstance(cause, OSError)
+        else RunError(f"{what}: {type(cause).__name__}: {cause}")
+        for cause, _ in error.failures.values()
+    ]
+    return min(told, key=lambda each: isinstance(each, NoSpace))

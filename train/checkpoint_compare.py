@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from train.checkpoint import load_tensors, stored_tensors
+from train.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def compare(first: Path, second: Path) -> tuple[int, list[Difference]]:
     Raises:
         RunError: one can't be read.
     """
-    ours, theirs = stored_tensors(first), stored_tensors(second)
+    one, other = Stored(first), Stored(second)
+    ours, theirs = one.facts, other.facts
     names = sorted(ours.keys() | theirs.keys())
     found = []
     for name in names:
@@ -39,17 +40,12 @@ def compare(first: Path, second: Path) -> tuple[int, list[Difference]]:
         elif ours[name] != theirs[name]:
             (shape, dtype), (other_shape, other_dtype) = ours[name], theirs[name]
             found.append(Difference(name, f"{dtype} of {shape} and {other_dtype} of {other_shape}"))
-        elif difference := _compare(name, first, second, *ours[name]):
+        elif difference := _compare(name, one.read(name), other.read(name)):
             found.append(difference)
     return len(names), found
 
 
-def _compare(
-    name: str, first: Path, second: Path, shape: tuple[int, ...], dtype: torch.dtype
-) -> Difference | None:
-    one, other = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    load_tensors(first, {name: one})
-    load_tensors(second, {name: other})
+def _compare(name: str, one: Tensor, other: Tensor) -> Difference | None:
     unequal = ~((one == other) | (one.isnan() & other.isnan()))
     count = int(unequal.sum())
     if not count:

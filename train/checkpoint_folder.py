@@ -5,19 +5,31 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from train.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
+_READABLE_FORMATS = (1, 2)
+"""The first had SHA-256 for its files, which takes longer than writing them."""
+_HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp"
 """How the name of a folder ends that is being written, or removed."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+"""Of a file directly in the folder."""
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+class Damaged(Exception):
+    """A checkpoint isn't what was written; the message says in what."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,8 @@ def complete(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(named, key=step_of)
+    named = [path for path in folder.iterdir() if step_in_name(path.name) is not None]
+    return sorted((path for path in named if (path / MANIFEST).is_file()), key=step_of)
 
 
 def newest_step(folder: Path) -> int:
@@ -54,6 +66,12 @@ def newest_step(folder: Path) -> int:
 def step_of(path: Path) -> int:
     """The step of a checkpoint, which its name says."""
     return int(path.name.removeprefix("step-"))
+
+
+def step_in_name(name: str) -> int | None:
+    """The step of a checkpoint by its folder's name; None where that is no checkpoint's."""
+    found = _NAME.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def remove(path: Path) -> None:
@@ -91,18 +109,38 @@ def find_damage(path: Path) -> str | None:
         RunError: it is of another format.
     """
     try:
-        manifest = _read_manifest(path)
-        for name, fact in manifest["files"].items():
+        for name, fact in _read_files(path).items():
             file = path / name
-            if not file.resolve().is_relative_to(path.resolve()):
-                return f"{name} leads out of the folder"
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != fact["bytes"] or checksum(file) != fact["sha256"]:
+            if file.stat().st_size != fact["bytes"] or not _has_hash(file, fact):
                 return f"{name} is not what was written"
+    except Damaged as damage:
+        return str(damage)
     except _UNREADABLE as error:
         return f"{MANIFEST}: {type(error).__name__}: {error}"
     return None
+
+
+def file_names(path: Path) -> list[str]:
+    """Of the files that a checkpoint's manifest lists, each directly in its folder.
+
+    Raises:
+        Damaged: it can't be read, or leads out of the folder.
+        RunError: it is of another format.
+    """
+    return list(_read_files(path))
+
+
+def _read_files(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        files = dict(_read_manifest(path)["files"])
+    except _UNREADABLE as error:
+        raise Damaged(f"{MANIFEST}: {type(error).__name__}: {error}") from None
+    for name in files:
+        if not _FILE_NAME.fullmatch(name):
+            raise Damaged(f"{MANIFEST}: {name!r} is no name of a file")
+    return files
 
 
 def load_progress(path: Path) -> Progress:
@@ -126,11 +164,22 @@ def progress_if_readable(path: Path) -> Progress | None:
         return None
 
 
+def loss_of(path: Path) -> float | None:
+    """After the step, on validation data; None where it isn't known or no number.
+
+    Raises:
+        RunError: the checkpoint is of another format.
+    """
+    progress = progress_if_readable(path)
+    loss = None if progress is None else progress.validation_loss
+    return loss if loss is not None and isfinite(loss) else None
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in _READABLE_FORMATS:
         raise RunError(
-            f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}: "
+            f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT} and older ones: "
             f"use the version that wrote it"
         )
     written = manifest.pop("sha256", None)  # those of before it was introduced lack it
@@ -144,7 +193,8 @@ def digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def checksum(file: Path) -> str:
-    """SHA-256 of a file."""
+def _has_hash(file: Path, fact: Mapping[str, Any]) -> bool:
+    """Whether a file's content has the hash that a manifest gives for it, by whichever algorithm."""
+    (name,) = fact.keys() & _HASHES.keys()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, _HASHES[name]).hexdigest() == fact[name]

@@ -111,6 +111,13 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """So many with the lowest validation loss are kept as well, of those that are evaluated at their step."""
 
+    mirror: str | None = None
+    """A folder, or a URL that fsspec reaches, where checkpoints are copied in the background, below the run's name; a
+    newer one there is brought back when a run starts. The rules of what is kept hold there, too."""
+    max_missed_saves: int = Field(3, ge=0)
+    """A save that finds the disk full is missed: training goes on, and the next one tries again. The run ends when more
+    than so many are missed in a row, or its last one."""
+
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":
         if self.keep_every is None:

@@ -24,7 +24,7 @@ from train.deepspeed_checkpoint.folder import find_step
 from train.deepspeed_checkpoint.read import read_weights
 from train.errors import RunError
 from train.evaluate_run import load_run
-from train.run_folder import RunFolder, to_yaml
+from train.run_folder import RunFolder, make_folder, to_yaml
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def export_run(run: str, out: Path) -> str:
             f"encoder_decoder"
         )
     architecture, theirs = choose(model)
-    _make_folder(out)
+    make_folder(out)
     tokenizer = loaded.tokenizer
     theirs |= {
         "bos_token_id": tokenizer.bos_id,
@@ -108,7 +108,7 @@ def import_run(source: Path, out: Path, data_path: str, config_file: Path | None
     architecture, model = read_config(_read_json(config_file))
     weights = _read_tensors(source) if step is None else read_weights(step)
     tensors = import_weights(architecture, model, weights)
-    _make_folder(out)
+    make_folder(out)
     folder = RunFolder(out)
     config = Config.model_validate(
         {
@@ -164,12 +164,3 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError:
-        raise RunError(f"{out} exists: choose another --out, or delete it first") from None
-    except OSError as error:
-        raise RunError(f"{out} can't be made: {error.strerror}") from None

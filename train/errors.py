@@ -1,5 +1,6 @@
 """What goes wrong by the user's doing, and how it is told: one line, exit code 2."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from parallel.errors import LayoutError
 from slurm.errors import SlurmError
 
 EXIT_USER_ERROR = 2
+REFUSED_FILE = "TRIREME_REFUSED_FILE"
+"""In the environment of ranks: a file that they make where a user's error ends them before training begins. torchrun
+would start them again, and passes no exit code on."""
 
 
 class ConfigError(Exception):
@@ -18,6 +22,23 @@ class ConfigError(Exception):
 
 class RunError(Exception):
     """A run folder is not what the command needs. The message is one line that says what would do."""
+
+
+class NoSpace(RunError):
+    """A disk is full, or a quota is used up."""
+
+
+def no_space(error: OSError) -> bool:
+    """Whether it says that a disk is full or a quota is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_disk(what: str, error: OSError) -> RunError:
+    """A failure of the file system as an error to be told in one line, which begins with `what`."""
+    told = f"{what}: {type(error).__name__}: {error}"
+    if no_space(error):
+        return NoSpace(f"{told}: free some space")
+    return RunError(told)
 
 
 USER_ERRORS = (ConfigError, RunError, InputError, LayoutError, ConversionError, SlurmError)

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -14,8 +16,9 @@ from data.shards import check
 from data.shared_memory import clean_stale_shared_memory
 from train import checkpoint_folder, run_folder
 from train.config_file import load_config
-from train.errors import ConfigError
+from train.errors import EXIT_USER_ERROR, REFUSED_FILE, ConfigError
 from train.resolve import resolve
+from train.run_folder import RunFolder
 from train.stop import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
@@ -46,7 +49,7 @@ def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None
     plan = resolve(loaded)
     folder = run_folder.folder_of(plan.config)
     run_folder.check_same_run(folder, plan)
-    if plan.total_steps is not None and checkpoint_folder.newest_step(folder.checkpoints) >= plan.total_steps:
+    if plan.total_steps is not None and _reached(folder, plan.total_steps):
         print(f"{folder.path} is already done ({plan.total_steps} steps): raise run.steps to go on with it")
         return None
     if plan.config.data.on_bad_shard == "fail":
@@ -63,10 +66,19 @@ def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None
     sys.exit(EXIT_STOPPED if code == 0 and folder.stopped.exists() else code)
 
 
-def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> int:
-    """Run the command as a group of processes, pass signals on to them, and wait. Returns torchrun's exit code.
+def _reached(folder: RunFolder, step: int) -> bool:
+    """Whether the newest checkpoint is of this step or a later one, and good; where it isn't, training says so."""
+    newest = checkpoint_folder.complete(folder.checkpoints)[-1:]
+    return any(
+        checkpoint_folder.step_of(path) >= step and checkpoint_folder.find_damage(path) is None
+        for path in newest
+    )
 
-    torchrun itself ignores them: it would end the workers before they have saved.
+
+def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> int:
+    """Run the command as a group of processes, pass signals on to them, and wait. Returns the exit code.
+
+    torchrun itself ignores signals: it would end the workers before they have saved.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -78,15 +90,26 @@ def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> 
     options.append("--signals-to-handle=SIGQUIT")
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     sys.stdout.flush()
-    agent = subprocess.Popen(torchrun, preexec_fn=_keep_at_it)
+    with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
+        refused = Path(folder) / "refused"
+        environment = os.environ | {REFUSED_FILE: str(refused)}
+        return _watch(subprocess.Popen(torchrun, preexec_fn=_keep_at_it, env=environment), refused)
+
+
+def _watch(agent: "subprocess.Popen[bytes]", refused: Path) -> int:
+    """Wait for torchrun, pass signals on, and end it where its workers refuse to train, as they would each time."""
     asked: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return agent.wait(_AGAIN_SECONDS)
-        if asked.count(signal.SIGINT) > 1:
+            code = agent.wait(_AGAIN_SECONDS)
+            return EXIT_USER_ERROR if refused.exists() else code
+        if refused.exists():
             agent.kill()  # and its workers with it
+            return EXIT_USER_ERROR
+        if asked.count(signal.SIGINT) > 1:
+            agent.kill()
             return EXIT_INTERRUPTED
         if asked:  # again and again: workers that have just been started miss it
             _ask_to_stop(agent.pid)

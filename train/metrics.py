@@ -73,6 +73,8 @@ class Metrics:
     """Global batches so far that were left out by going back to a checkpoint."""
     spike: float | None = None
     """How far loss or gradient norm are above those of the steps before, where that is too far; see `train.faults`."""
+    missed_saves: int = 0
+    """In a row, up to the newest save, since the disk was full."""
     skipped_sequences: int | None = None
     """In bad shards, which are left out; None where there are none."""
     validation_loss: float | None = None

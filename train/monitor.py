@@ -1,7 +1,9 @@
 """What listens to a run: metrics.jsonl, TensorBoard, and the line that a person watches."""
 
 import json
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from data.codebook import write_png
 from train.config import Config
 from train.duration import format_seconds
+from train.errors import no_space
 from train.metrics import ExpertLoad, Metrics
 from train.resolve import Plan
 from train.run_folder import RunFolder, to_yaml
 from train.samples import Pictures, Sample
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -31,25 +36,38 @@ class Listener(Protocol):
 
 
 class Monitor:
-    """Passes on what happens to all listeners; on other ranks than the first there are none."""
+    """Passes on what happens to all listeners; on other ranks than the first there are none.
+
+    One that finds the disk full hears no more, which is said: training doesn't end for it.
+    """
 
     def __init__(self, listeners: list[Listener]) -> None:
         self.listeners = listeners
 
     def step(self, metrics: Metrics) -> None:
         """A step is done."""
-        for listener in self.listeners:
-            listener.step(metrics)
+        self._tell(lambda listener: listener.step(metrics))
 
     def sample(self, step: int, sample: Sample) -> None:
         """Text or pictures were generated."""
-        for listener in self.listeners:
-            listener.sample(step, sample)
+        self._tell(lambda listener: listener.sample(step, sample))
 
     def close(self) -> None:
         """The run stops."""
-        for listener in self.listeners:
-            listener.close()
+        self._tell(lambda listener: listener.close())
+
+    def _tell(self, tell: Callable[[Listener], None]) -> None:
+        for listener in list(self.listeners):
+            try:
+                tell(listener)
+            except OSError as error:
+                if not no_space(error):
+                    raise
+                self.listeners.remove(listener)
+                what = type(listener).__name__
+                log.warning(
+                    "%s: %s: nothing more is written there until the run is started again", what, error
+                )
 
 
 def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
@@ -65,20 +83,34 @@ def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
 
 
 class JsonLines:
-    """metrics.jsonl: an object a step, readable while the run goes on."""
+    """metrics.jsonl: an object a step, readable while the run goes on. A full disk gets it once there is room."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def step(self, metrics: Metrics) -> None:
         """Append a line."""
-        self.file.write(json.dumps(metrics.values()) + "\n")
+        told = bool(self._unwritten)
+        self._unwritten += json.dumps(metrics.values()).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not no_space(error):
+                raise
+            if not told:
+                log.warning("%s: %s: written once there is room", self.file.name, error)
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
 
     def sample(self, step: int, sample: Sample) -> None:
         """Samples have no place here."""
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is left and close the file."""
+        self._write()
         self.file.close()
 
 

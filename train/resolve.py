@@ -3,7 +3,10 @@
 import os
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
+
+import fsspec
 
 from data.dataset import DatasetInfo, ImageCodesInfo, PairsInfo, TextInfo
 from data.mixture import Source, as_one, open_sources
@@ -75,6 +78,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
         )
     _check_samples(config, dataset)
     _check_kernel(config)
+    _check_mirror(config)
     layout = resolve_layout(config.parallel, world_size or wanted_world_size(config))
     check_fit(layout, config.parallel, config.model, dataset.seq_len)
     check_fp8(layout, config.parallel, config.model, config.precision)
@@ -237,3 +241,20 @@ def deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         accumulation_steps=config.data.global_batch_size // (config.data.micro_batch_size * layout.data_size),
         max_grad_norm=config.optimizer.max_grad_norm,
     )
+
+
+def _check_mirror(config: Config) -> None:
+    """It can be reached from here, and isn't the folder of the runs themselves."""
+    url = config.checkpoint.mirror
+    if url is None:
+        return
+    try:
+        files, root = fsspec.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"checkpoint.mirror={url}: {error}; a folder works, or a URL of which fsspec knows the protocol"
+        ) from None
+    if "file" in files.protocol and Path(root).resolve() == Path(config.run.dir).resolve():
+        raise ConfigError(
+            f"checkpoint.mirror={url} is the folder of the runs themselves, run.dir={config.run.dir}: use another"
+        )

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from train.agree import on_first_rank
 from train.checkpoint_folder import Progress
 from train.evaluate import validation_loss
 from train.faults.health import Health
+from train.faults.memory import out_of_memory
 from train.faults.record import FaultRecord
 from train.faults.replicas import differing_ranks
+from train.faults.stragglers import slow_ranks
 from train.faults.watchdog import Watchdog
+from train.mirror import Mirror
 from train.monitor import Monitor, Newest, make_monitor
 from train.optimizer import make_optimizer
 from train.order_digest import OrderDigest
 from train.resolve import Plan
-from train.run_folder import RunFolder, drop_metrics_after, folder_of, to_yaml
+from train.run_folder import RunFolder, check_same_run, drop_metrics_after, folder_of, to_yaml
 from train.samples import make_sample
 from train.saver import Saver
 from train.stop import Stop
@@ -47,6 +51,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     Raises:
         Stopped: asked to stop before the end, and saved.
         GaveUp: something is wrong with the run.
+        OutOfMemory: this rank's device has no memory left.
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
@@ -56,7 +61,8 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     )
     for shard in stream.bad_shards:
         log.warning("left out: %s", shard)
-    progress = _resume(folder, engine, stream)
+    mirror = _mirror(plan, folder)
+    progress = _resume(folder, mirror, engine, stream)
     start = progress.step
     with torch.device("meta"):
         log.info("%s: %s", folder.path, repr(build_model(config.model)).partition("\n")[0])
@@ -70,10 +76,9 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     )
     if engine.budgeted is not None:
         log.info("recomputation: %s", engine.budgeted)
-    if first:
-        drop_metrics_after(folder, start)
+    on_first_rank(lambda: drop_metrics_after(folder, start), f"{folder.metrics} can't be written")
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
-    saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan))
+    saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan), mirror)
     health = Health(config.faults, progress.faults)
     watchdog = Watchdog(config.faults.hang_timeout, dist.get_rank(), start, folder.log_of(dist.get_rank()))
     trainer = Trainer(
@@ -81,7 +86,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         engine,
         stream,
         monitor,
-        _make_hooks(plan, saver, engine, stream, monitor, health, watchdog),
+        _make_hooks(plan, saver, mirror, engine, stream, monitor, health, watchdog),
         OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
         health,
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
@@ -89,7 +94,11 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         start=start,
     )
     try:
-        return trainer.train(listen())
+        last = trainer.train(listen())
+        saver.wait_for_mirror()
+        return last
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, config, plan.layout, device, trainer.step) from None
     finally:
         watchdog.close()
         monitor.close()
@@ -118,9 +127,24 @@ def engine_of(plan: Plan, device: torch.device) -> Engine:
     )
 
 
-def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progress:
+def _mirror(plan: Plan, folder: RunFolder) -> Mirror | None:
+    """The run's second place for checkpoints, ready to be written to: on rank 0, if it has one."""
+    config = plan.config.checkpoint
+    if config.mirror is None:
+        return None
+    mirror = Mirror(config.mirror, folder, config) if dist.get_rank() == 0 else None
+
+    def start() -> None:
+        assert mirror is not None
+        mirror.start(lambda there, called: check_same_run(there, plan, called))
+
+    on_first_rank(start, f"checkpoint.mirror={config.mirror} can't be used")
+    return mirror
+
+
+def _resume(folder: RunFolder, mirror: Mirror | None, engine: Engine, stream: TrainingStream) -> Progress:
     """Load the newest checkpoint into engine and stream. Returns where it stands; at step 0 where there is none."""
-    path = _newest_checkpoint(folder)
+    path = _newest_checkpoint(folder, mirror)
     if path is None:
         return Progress(0, 0, {})
     progress = checkpoint_folder.load_progress(path)
@@ -133,12 +157,20 @@ def _resume(folder: RunFolder, engine: Engine, stream: TrainingStream) -> Progre
     return progress
 
 
-def _newest_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest undamaged one, as rank 0 finds it, on all ranks; what a kill left unfinished is removed."""
+def _newest_checkpoint(folder: RunFolder, mirror: Mirror | None) -> Path | None:
+    """The newest undamaged one, as rank 0 finds it, on all ranks; what a kill left unfinished is removed.
+
+    Where the mirror has a newer one, that is brought back first.
+    """
 
     def find() -> Path | None:
         checkpoint_folder.clean_up(folder.checkpoints, log)
-        return checkpoint_folder.latest(folder.checkpoints, log)
+        own = checkpoint_folder.latest(folder.checkpoints, log)
+        if mirror is None:
+            return own
+        newer = mirror.bring_back(after=-1 if own is None else checkpoint_folder.step_of(own))
+        mirror.send()
+        return newer or own
 
     return on_first_rank(find, f"{folder.checkpoints} can't be read")
 
@@ -156,6 +188,7 @@ def _origin(plan: Plan) -> dict[str, Any]:
 def _make_hooks(
     plan: Plan,
     saver: Saver,
+    mirror: Mirror | None,
     engine: Engine,
     stream: TrainingStream,
     monitor: Monitor,
@@ -181,7 +214,7 @@ def _make_hooks(
 
     def roll_back(position: dict[str, Any]) -> Progress | None:
         saver.wait()
-        path = _newest_checkpoint(folder)
+        path = _newest_checkpoint(folder, mirror)
         progress = None if path is None else checkpoint_folder.load_progress(path)
         if path is None or progress is None or progress.step == 0:
             return None
@@ -200,6 +233,9 @@ def _make_hooks(
         record=record.write,
         roll_back=roll_back,
         differing_ranks=lambda: differing_ranks(engine),
+        slow_ranks=partial(slow_ranks, engine.device),
+        missed_saves=lambda: saver.missed,
+        saved=saver.finish,
         check=saver.check,
         step_ended=watchdog.beat,
     )

@@ -1,6 +1,7 @@
 """A run's folder: what stands where in it, and whether it is this run's."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from data.dataset import write_dataset
+from data.dataset import open_dataset, write_dataset
+from train.checkpoint_folder import complete, step_of
 from train.config import Config
 from train.config_file import load_config
 from train.errors import RunError
@@ -71,26 +73,33 @@ def open_run(path: str) -> tuple[RunFolder, Config]:
     return folder, load_config(str(folder.config)).config
 
 
-def check_same_run(folder: RunFolder, plan: Plan) -> None:
-    """Refuse to go on with a run that another configuration or other data began.
+def check_same_run(folder: RunFolder, plan: Plan, called: str | None = None) -> None:
+    """Refuse a folder that can't be written, and to go on with a run that another configuration or other data began.
+
+    called: what the folder is a copy of.
 
     Raises:
         RunError: the first difference, and what to do.
     """
+    there = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise RunError(f"{folder.path} can't be written: set run.dir to a folder that can")
     if not folder.config.is_file():
         return
+    called = called or str(folder.path)
     began = _comparable(load_config(str(folder.config)).config)
     now = _comparable(plan.config)
-    trained = folder.dataset.is_file()  # an imported run has weights, of which only the model is settled
+    # of weights that were imported or averaged only the model is settled
+    trained = folder.dataset.is_file() and {step_of(path) for path in complete(folder.checkpoints)} != {0}
     for key in DECIDES_THE_WEIGHTS if trained else ("model",):
         for name, before, after in _differences(key, _at(began, key), _at(now, key)):
             raise RunError(
-                f"{folder.path} was begun with {name}={before}, now it is {after}: "
+                f"{called} was begun with {name}={before}, now it is {after}: "
                 f"set it back, or begin another run with run.name=NAME"
             )
     if trained and (difference := _other_data(folder, plan)):
         raise RunError(
-            f"{folder.path} was begun on other data: {difference}: point data.path or data.sources at what it was, or "
+            f"{called} was begun on other data: {difference}: point data.path or data.sources at what it was, or "
             f"begin another run with run.name=NAME"
         )
 
@@ -139,6 +148,27 @@ def create(folder: RunFolder, plan: Plan) -> None:
         raise RunError(
             f"{folder.path} can't be written: {error.strerror}: set run.dir to a folder that can"
         ) from None
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder that must not be there yet.
+
+    Raises:
+        RunError: it is, or can't be made.
+    """
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(f"{out} exists: choose another --out, or delete it first") from None
+    except OSError as error:
+        raise RunError(f"{out} can't be made: {error.strerror}") from None
+
+
+def vocabulary_files(folder: RunFolder) -> list[Path]:
+    """Those that make sense of a run's tokens."""
+    if not folder.dataset.is_file():  # an imported run
+        return [folder.tokenizer] if folder.tokenizer.is_file() else []
+    return [folder.dataset, *(folder.path / name for name in open_dataset(folder.path).files)]
 
 
 def to_yaml(config: Config) -> str:

@@ -1,7 +1,8 @@
 """Saves of a run: while the loop waits, or in the background, from a copy in the host's memory."""
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from parallel.processes import any_rank
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import CheckpointConfig
+from train.errors import NoSpace, RunError
+from train.mirror import Mirror
 
 log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_GO_ON = "give the same command again: it goes on from the newest checkpoint"
 
 
 class Saver:
@@ -24,10 +30,21 @@ class Saver:
 
     In the background there is one at a time, whose ranks talk in a group of their own: the loop's collectives go on
     meanwhile.
+
+    mirror: on rank 0, where what is saved is copied to.
     """
 
-    def __init__(self, folder: Path, rules: CheckpointConfig, origin: Mapping[str, Any]) -> None:
-        self.folder, self.rules, self.origin = folder, rules, origin
+    def __init__(
+        self,
+        folder: Path,
+        rules: CheckpointConfig,
+        origin: Mapping[str, Any],
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.folder, self.rules, self.origin, self._mirror = folder, rules, origin, mirror
+        self.missed = 0
+        """Saves in a row that found no room on the disk, up to the newest one that has come to its end."""
+        self._missed: NoSpace | None = None
         self._group = dist.new_group(backend="gloo") if rules.asynchronous else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
@@ -37,12 +54,14 @@ class Saver:
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write a checkpoint, or copy the tensors and begin to write it, once the one before is written.
 
+        Where the disk is full it is missed, aloud, and the next one tries again.
+
         Raises:
-            RunError: the disk is full, or can't be written to; in the background, of the save before.
+            RunError: it can't be written, or was missed too often in a row; in the background, the save before.
         """
-        arguments = (progress, self.rules, self.origin, self._group)
+        arguments = (progress, self.rules, self.origin, self._group, self._spare)
         if self._group is None:
-            log.debug("saved %s", checkpoint.save(self.folder, tensors, *arguments))
+            self._note(lambda: checkpoint.save(self.folder, tensors, *arguments))
             return
         self.wait()
         copied = self._stager.stage(dict(tensors))
@@ -50,22 +69,63 @@ class Saver:
         self._writing = self._thread.submit(checkpoint.save, self.folder, copied, *arguments)
 
     def check(self) -> None:
-        """Raise what a save in the background failed with, if it has come to its end: on all ranks alike."""
+        """Note how a save in the background went, if it has come to its end: on all ranks alike. Raises as `save`."""
+        if self._mirror is not None:
+            self._mirror.check()
         if self._writing is not None and any_rank(self._writing.done()):
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in the background, if there is one, and raise what it failed with."""
+        """Wait for the save in the background, if there is one, and note how it went. Raises as `save`."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            log.debug("saved %s", writing.result())
+            self._note(writing.result)
+
+    def finish(self) -> None:
+        """Wait for the last save of a run.
+
+        Raises:
+            RunError: it can't be written, or was missed, since no other follows.
+        """
+        self.wait()
+        if self._missed is not None:
+            raise RunError(f"{self._missed} and {_GO_ON}")
+
+    def wait_for_mirror(self) -> None:
+        """Wait until all that was saved is copied, or couldn't be, which is said."""
+        while any_rank(self._mirror is not None and self._mirror.busy):
+            time.sleep(_POLL_SECONDS)
+
+    def _spare(self) -> Path | None:
+        return None if self._mirror is None else self._mirror.sending
+
+    def _note(self, save: Callable[[], Path]) -> None:
+        """Count misses, which all ranks have alike."""
+        try:
+            log.debug("saved %s", save())
+            self.missed, self._missed = 0, None
+            if self._mirror is not None:
+                self._mirror.send()
+        except NoSpace as error:
+            self.missed, self._missed = self.missed + 1, error
+            most = self.rules.max_missed_saves
+            if self.missed > most:
+                raise RunError(
+                    f"{error} and {_GO_ON}; {self.missed} saves in a row found no room (checkpoint.max_missed_saves)"
+                ) from None
+            log.warning(
+                "%s; training goes on, and the next save tries again (%d missed in a row, of at most %d)",
+                *(error, self.missed, most),
+            )
 
     def close(self) -> None:
-        """Wait, and let go of the thread and its group."""
+        """Wait, and let go of the thread and its group. Raises as `save`."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
             self._stager.close()
+            if self._mirror is not None:
+                self._mirror.close()
             if self._group is not None:
                 dist.destroy_process_group(self._group)

@@ -84,3 +84,8 @@ def listen(grace_seconds: float) -> Stop:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _stop.limit()
     return _stop
+
+
+def training_began() -> bool:
+    """Whether `listen` was called in this process."""
+    return _stop.grace_seconds is not None

@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +51,10 @@ class Hooks:
     """The validation loss."""
     sample: Callable[[int], None]
     """Generate a text and tell the monitor."""
+    missed_saves: Callable[[], int]
+    """Saves in a row that found no room."""
+    saved: Callable[[], None]
+    """After the last save: wait for it, and raise if it isn't there."""
     check: Callable[[], None]
     """After each step: raise what has gone wrong in the background."""
     record: Callable[..., None]
@@ -59,6 +65,8 @@ class Hooks:
     Returns where the checkpoint stands. None: there is none, and nothing was done."""
     differing_ranks: Callable[[], list[int]]
     """Those whose weights aren't what they should be; see `train.faults.replicas`."""
+    slow_ranks: Callable[[float, float], dict[int, str]]
+    """Those that hold the others up, and at what; see `train.faults.stragglers`."""
     step_ended: Callable[[int], None]
     """A step and all that comes after it is done."""
 
@@ -115,6 +123,9 @@ class Trainer:
         self.utilization_per_rate = flops_per_token / peak_flops
         self.step = self._saved = self._compared = start
         self._pending: Pending | None = None
+        self._sample_ids = torch.empty(0, dtype=torch.int64)  # of the newest batch
+        # of each step since ranks were compared: seconds of waiting for data, and in all
+        self._steps: deque[tuple[float, float]] = deque(maxlen=plan.config.faults.find_slow_every_steps or 0)
 
     def train(self, stop: Stop) -> int:
         """Run to the end. Returns the last step done, of which there is a checkpoint.
@@ -145,6 +156,8 @@ class Trainer:
             self.hooks.check()
             if self._due(self.config.faults.compare_every_steps):
                 self._pause(self._compare)
+            if self._due(self.config.faults.find_slow_every_steps):
+                self._pause(self._find_slow)
             if self._due(self.config.evaluation.every_steps) or self._is_last():
                 self._pause(lambda: self.tell(self.hooks.evaluate()))
             if self._due(self.config.evaluation.sample_every_steps):
@@ -154,6 +167,7 @@ class Trainer:
             self.hooks.step_ended(self.step)
         if self._saved != self.step:
             self._pause(self._save)
+        self.hooks.saved()
 
     def _go_on_from(self, progress: Progress) -> None:
         log.warning("went back to step %d; the batches since then are left out", progress.step)
@@ -166,6 +180,7 @@ class Trainer:
         """From here on the first step's time is counted, and the time without a checkpoint."""
         self._clock = time.perf_counter()
         self._saved_at = time.monotonic()
+        self._steps.clear()
 
     def train_step(self) -> None:
         """One optimizer step; the one before is told of once this one is under way."""
@@ -174,6 +189,7 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.stream)
         data_seconds = time.perf_counter() - began
+        self._sample_ids = batch.sample_ids
         order = self.order.add(self.step, batch.sample_ids)
         loss = self.engine.forward_backward(batch, self.step)
         grad_norm = self.engine.step(lr)
@@ -193,6 +209,7 @@ class Trainer:
             data_seconds,
         )
         self._clock = now
+        self._steps.append((data_seconds, self._pending.step_seconds))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -201,6 +218,8 @@ class Trainer:
         return self.config.evaluation.every_steps is not None and self.step == self.plan.total_steps
 
     def _save(self) -> None:
+        if self.config.faults.compare_every_steps is not None and self._compared != self.step:
+            self._compare()
         self.tell()
         self.hooks.save(self.step, self.order.value)
         self._saved, self._saved_at = self.step, time.monotonic()
@@ -213,15 +232,23 @@ class Trainer:
         """Have no rank go on with other weights than those that hold the same ones."""
         ranks = self.hooks.differing_ranks()
         if ranks:
-            assert self._pending is not None
-            self.hooks.record("differing ranks", self.step, self._pending.sample_ids, ranks=ranks)
+            self.hooks.record("differing ranks", self.step, self._sample_ids, ranks=ranks)
             who = ", ".join(map(str, ranks))
             raise GaveUp(
                 f"gave up at step {self.step}: the weights of rank {who} are not those of the ranks that hold the "
-                f"same, as they were after step {self._compared}: leave its device out; checkpoints after that step "
-                f"may be wrong"
+                f"same, as they were after step {self._compared}: leave its device out and give the same command "
+                f"again; checkpoints are right, since ranks are compared before each"
             )
         self._compared = self.step
+
+    def _find_slow(self) -> None:
+        """Name the ranks that hold the others up."""
+        slow = self.hooks.slow_ranks(*map(mean, zip(*self._steps, strict=True)))
+        self._steps.clear()
+        for line in slow.values():
+            log.warning("step %d: %s", self.step, line)
+        if slow:
+            self.hooks.record("slow ranks", self.step, self._sample_ids, ranks=sorted(slow))
 
     def _pause(self, action: Callable[[], None]) -> None:
         """Do something between steps that doesn't count as training time."""
@@ -262,6 +289,7 @@ class Trainer:
             skipped_steps=self.health.skipped_steps,
             left_out_batches=self._pending.data["batches"] - self._pending.step,
             spike=spike,
+            missed_saves=self.hooks.missed_saves(),
             skipped_sequences=self.stream.skipped_sequences or None,
             validation_loss=validation_loss,
             experts=None if experts is None else ExpertLoad.of(experts),

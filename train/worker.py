@@ -12,6 +12,7 @@ from parallel.processes import end_process, pick_device, process_group
 from train import run_folder
 from train.config_file import Loaded
 from train.faults.health import GaveUp
+from train.faults.memory import OutOfMemory
 from train.resolve import resolve
 from train.run import run
 from train.run_folder import RunFolder
@@ -52,6 +53,9 @@ def work(loaded: Loaded) -> NoReturn:
             if dist.get_rank() == 0:
                 print(f"error: {gave_up}", file=sys.stderr)
             code = EXIT_FAILED
+        except OutOfMemory as error:
+            log.error("%s", error)
+            end_process(EXIT_FAILED)  # the others, which wait for this rank, end when it is gone
         dist.barrier()
     end_process(code)
 

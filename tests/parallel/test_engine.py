@@ -1,11 +1,14 @@
 """What the engine does besides computing the same run in every layout: balance, lower precision, overflow."""
 
+import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from model.transformer import Trunk
 from parallel.processes import WorkerPool
 from tests.parallel.parity import (
     LR,
@@ -15,6 +18,7 @@ from tests.parallel.parity import (
     reference,
     share_of,
     train,
+    zero,
 )
 
 MOE = {"num_experts": 6, "d_ff": 20, "load_balance_loss": 0.1, "router_z_loss": 0.01}
@@ -88,3 +92,34 @@ def step_with_infinite_gradient() -> Any:
 
 def test_overflow_skips_the_step_on_all_ranks(pools: dict[int, WorkerPool]) -> None:
     assert pools[2].run(step_with_infinite_gradient) == [(True, 0.5), (True, 0.5)]
+
+
+def step_with_infinite_loss(layout: dict[str, int], parallel: dict[str, Any]) -> Any:
+    """Runs in every worker: loss and norm of a step whose loss, but not its gradient, is infinite on one rank."""
+    engine = make_engine(layout, 2, "fp32", parallel, {})
+    before = digests(engine.weights())
+    finish = Trunk.finish
+    plus = math.inf if dist.get_rank() == dist.get_world_size() - 1 else 0.0
+    with patch.object(Trunk, "finish", lambda *args: finish(*args) + plus):
+        loss = engine.forward_backward(share_of(engine, 0), 0)
+    norm = engine.step(LR)
+    return before == digests(engine.weights()), loss.item(), norm.item()
+
+
+@pytest.mark.parametrize(
+    ("layout", "parallel"),
+    [
+        ({"dp_shard": 2}, {}),
+        ({"dp_replicate": 2}, {}),
+        ({"cp": 2}, {}),
+        ({"pp": 2}, {}),
+        ({"dp_shard": 2}, zero(0)),
+        ({"dp_shard": 2}, zero(2)),
+    ],
+)
+def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(
+    pools: dict[int, WorkerPool], layout: dict[str, int], parallel: dict[str, Any]
+) -> None:
+    for stayed, loss, norm in pools[2].run(step_with_infinite_loss, layout, parallel):
+        assert stayed
+        assert not math.isfinite(loss) and not math.isfinite(norm)

@@ -114,14 +114,17 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     assert "has no metrics.jsonl" in refused("plot", str(tmp_path))
 
 
-def test_unwritable_run_folder_is_refused(tiny_config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_unwritable_run_folder_is_refused(tiny_config: str, tmp_path: Path, ranks: int) -> None:
+    """Before any process is started."""
     (tmp_path / "file").write_text("")
-    assert "can't be written" in refused("train", tiny_config, f"run.dir={tmp_path / 'file'}")
+    settings = [f"run.dir={tmp_path / 'file'}", f"parallel.dp_shard={ranks}"]
+    assert "can't be written: set run.dir" in refused("train", tiny_config, *settings)
 
 
 @pytest.mark.slow
-def test_full_disk_during_a_save_is_told_and_nothing_is_lost(tiny_config: str, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk's end: writing fails at the same place."""
+def test_save_that_fails_is_told_and_nothing_is_lost(tiny_config: str, tmp_path: Path) -> None:
+    """A limit on the size of files, which no waiting mends, as it mends a full disk."""
     settings = [tiny_config, f"run.dir={tmp_path}", "checkpoint.every_steps=2", "run.steps=4"]
     trireme("train", *settings, "run.steps=2", "schedule.total_steps=4")
     small = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({2**16}, {2**16}))"
@@ -130,7 +133,9 @@ def test_full_disk_during_a_save_is_told_and_nothing_is_lost(tiny_config: str, t
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 2, done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ") and "not saved" in line and "free some space" in line
+    assert (
+        line.startswith("error: ") and "step-00000004: not saved: OSError: [Errno 27] File too large" in line
+    )
     assert "Traceback" not in done.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]

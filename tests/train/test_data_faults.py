@@ -1,5 +1,6 @@
 """Whole runs on data that went bad, or after a kill that cleaned nothing up."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +39,18 @@ def test_a_bad_shard_ends_the_run_in_one_line_or_is_left_out(
     assert pools[2].run(train_here, tiny_config, skipping) == [3, 3]
     for row in read_metrics(RunFolder(tmp_path / "run")):
         assert row["skipped_sequences"] == shard.sequences
+
+
+@pytest.mark.slow
+def test_what_ranks_refuse_is_refused_once(tiny_config: str, dataset: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "set")
+    shard = read_index(open_dataset(copy), "train")[0].path
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    settings = [f"run.dir={tmp_path}", f"data.path={copy}", "parallel.dp_shard=2"]
+    done = trireme("train", tiny_config, *settings, "--max-restarts=3", code=2)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(told) <= 2 and all(f"{shard} is damaged" in line for line in told)
 
 
 @pytest.mark.slow

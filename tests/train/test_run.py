@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
 from train import checkpoint_folder
+from train.config_file import load_config
 from train.errors import RunError
-from train.run_folder import RunFolder, read_metrics
+from train.launch import launch
+from train.resolve import resolve
+from train.run_folder import RunFolder, check_same_run, folder_of, read_metrics
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -80,15 +84,43 @@ def test_goes_back_to_the_newest_undamaged_checkpoint(
     assert losses(tmp_path / "flipped") == losses(tmp_path / "whole")
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(
+    pools: dict[int, WorkerPool],
+    tiny_config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = [f"run.dir={tmp_path}", "run.steps=4", "checkpoint.every_steps=2", "parallel.dp_shard=2"]
+    pools[2].run(train_here, tiny_config, overrides)
+    whole = losses(tmp_path / "run")
+    last = RunFolder(tmp_path / "run").checkpoints / "step-00000004"
+    next(last.glob("*.safetensors")).write_bytes(b"")
+
+    def torchrun(processes: int, restarts: int, command: list[str]) -> int:
+        return pools[processes].run(train_here, tiny_config, command[3:])[0] - 4
+
+    monkeypatch.setattr("train.launch._run_torchrun", torchrun)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        launch(tiny_config, overrides)
+    assert ended.value.code == 0
+    assert "already done" not in capsys.readouterr().out
+    assert checkpoint_folder.find_damage(last) is None
+    assert losses(tmp_path / "run") == whole
+    launch(tiny_config, overrides)
+    assert "already done" in capsys.readouterr().out
+
+
 def test_checkpoint_of_a_newer_format_stops_all_ranks(
     pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
 ) -> None:
     overrides = [f"run.dir={tmp_path}", "run.steps=2"]
     pools[2].run(train_here, tiny_config, overrides)
     manifest = RunFolder(tmp_path / "run").checkpoints / "step-00000002" / "manifest.json"
-    manifest.write_text('{"format": 2}')
+    manifest.write_text('{"format": 3}')
     errors = pools[2].run(refusal_to_train, tiny_config, [*overrides, "run.steps=3"])
-    assert all("checkpoint format 2, this version reads 1" in error for error in errors)
+    assert all("checkpoint format 3, this version reads 2" in error for error in errors)
 
 
 def refusal_to_train(config: str, overrides: list[str]) -> str:
@@ -268,3 +300,13 @@ def test_compiled_run_equals_an_eager_one(
     assert compiled != eager, "compiled code rounds otherwise"
     for (_, loss, norm), (_, compiled_loss, compiled_norm) in zip(eager, compiled, strict=True):
         assert (compiled_loss, compiled_norm) == (pytest.approx(loss, 1e-5), pytest.approx(norm, 1e-4))
+
+
+def test_read_only_run_folder_is_refused(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = resolve(load_config(tiny_config, [f"run.dir={tmp_path}"]), world_size=1)
+    check_same_run(folder_of(plan.config), plan)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RunError, match="run can't be written: set run.dir to a folder that can"):
+        check_same_run(folder_of(plan.config), plan)

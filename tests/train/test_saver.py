@@ -1,5 +1,6 @@
 """Saves in the background: of the state as it was, one at a time, and failing aloud on all ranks."""
 
+import errno
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
-from tests.train.test_checkpoint import load, no_space, sharded, whole_tensors
+from tests.train.test_checkpoint import load, sharded, whole_tensors
 from train import checkpoint
 from train.checkpoint_compare import compare
 from train.checkpoint_folder import Progress, complete
@@ -51,11 +52,15 @@ def test_saves_what_was_when_it_was_asked_to(pools: dict[int, WorkerPool], tmp_p
     assert not any(pools[2].run(load, str(tmp_path / "step-00000002")))
 
 
+def denied(*_: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 def checks_until_failure(folder: str) -> tuple[int, str]:
-    """Save while rank 0 finds no space; how often all was well, and the error."""
+    """Save while rank 0 may not write; how often all was well, and the error."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
-            patch.setattr(checkpoint, "_to_disk", no_space)
+            patch.setattr(checkpoint, "commit", denied)
         saver = Saver(Path(folder), RULES, {})
         saver.save(sharded(whole_tensors()), Progress(1, 10, {}))
         for count in range(10**6):
@@ -72,7 +77,7 @@ def test_failure_comes_out_on_all_ranks_at_the_same_step(
 ) -> None:
     (one, error), (other, same_error) = pools[2].run(checks_until_failure, str(tmp_path))
     assert (one, error) == (other, same_error)
-    assert "step-00000001: not saved: OSError: [Errno 28] No space left" in error
+    assert "step-00000001: not saved: PermissionError: [Errno 13] Permission denied" in error
 
 
 def test_run_that_saves_in_the_background_is_the_same(

@@ -121,7 +121,7 @@ def test_a_signal_during_the_start_is_not_lost(tiny_config: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_ctrl_c_twice_stops_now(tiny_config: str, tmp_path: Path) -> None:
-    slow = "import time; from train import checkpoint; checkpoint._commit = lambda *_: time.sleep(1000)"
+    slow = "import time; from train import checkpoint; checkpoint.commit = lambda *_: time.sleep(1000)"
     with training(tiny_config, tmp_path, code=slow) as process:
         wait_for_step(tmp_path, 3)
         process.send_signal(signal.SIGINT)
@@ -173,7 +173,7 @@ def _alive(process: int) -> bool:
 
 @pytest.mark.slow
 def test_a_stop_that_takes_too_long_shows_where_it_hangs(tiny_config: str, tmp_path: Path) -> None:
-    slow = "import time; from train import checkpoint; checkpoint._commit = lambda *_: time.sleep(1000)"
+    slow = "import time; from train import checkpoint; checkpoint.commit = lambda *_: time.sleep(1000)"
     with training(tiny_config, tmp_path, "run.grace_time=2s", code=slow) as process:
         wait_for_step(tmp_path, 3)
         process.send_signal(signal.SIGTERM)

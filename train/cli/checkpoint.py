@@ -1,8 +1,11 @@
 """`trireme checkpoint`"""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from train.errors import RunError
 
 if TYPE_CHECKING:
     from train.checkpoint_report import Row
@@ -80,6 +83,30 @@ def diff(first: _Checkpoint, second: _Checkpoint) -> None:
     print(f"{count - len(found)} of {count} tensors are equal")
     if found:
         raise typer.Exit(1)
+
+
+@app.command()
+def average(
+    run: _Run,
+    out: Annotated[Path, typer.Option(help="The run's folder to make, such as runs/average.")],
+    steps: Annotated[str, typer.Option(help="Of these steps, such as 800,900,1000.")] = "",
+    last: Annotated[int | None, typer.Option(min=1, help="Of so many of the newest checkpoints.")] = None,
+) -> None:
+    """Make a run of the mean of a run's weights at several steps, to generate from, evaluate, export or train on.
+
+    Without `--steps` or `--last`, all of its checkpoints are averaged.
+
+    Example: `trireme checkpoint average runs/demo --last 2 --out runs/average`
+    """
+    numbers = steps.split(",") if steps else []
+    if steps and last is not None:
+        raise RunError("--steps and --last both choose checkpoints: keep one")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise RunError(f"--steps {steps} are no numbers: give them such as --steps 800,900,1000")
+    from train.average import average_run
+
+    chosen = average_run(run, out, [int(number) for number in numbers], last)
+    print(f"{out}: the mean of the weights at steps {', '.join(map(str, chosen))}")
 
 
 def _numbers(elements: int, of: int, largest: float, relative: float) -> tuple[str, ...]:

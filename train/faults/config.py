@@ -30,5 +30,9 @@ class FaultsConfig(BaseModel):
     with 1, so that the launcher starts the ranks again or ends the job. What is done between two steps (evaluation,
     saving), and compiling before the first, counts as well."""
     compare_every_steps: int | None = Field(None, ge=1)
-    """Every so many steps, compare the weights of ranks that hold the same ones (over `parallel.dp_replicate` and
-    `parallel.tp`). Where a rank differs, its device corrupts data: the run names it and ends."""
+    """Every so many steps, and before each checkpoint, compare the weights of ranks that hold the same ones (over
+    `parallel.dp_replicate` and `parallel.tp`). Where a rank differs, its device corrupts data: the run names it and
+    ends."""
+    find_slow_every_steps: int | None = Field(100, ge=1)
+    """Every so many steps, compare what each rank does alone (waiting for its batches, a piece of work on its device
+    and on its processor), and name those that hold the others up, with their machines."""
