@@ -240,12 +240,14 @@ def overrides_of(found: Estimate, config: Config) -> list[str]:
     """The keys that give a configuration this layout: those that it or the default has otherwise, and a few always."""
     arrangement = found.arrangement
     parallel, given = arrangement.parallel, config.parallel
-    default = ParallelConfig(pp_schedule=parallel.pp_schedule)
+    defaults = vars(ParallelConfig()) | {
+        "stages_per_rank": ParallelConfig(pp_schedule=parallel.pp_schedule).stages_per_rank
+    }
     keys: dict[str, object] = {}
     for name in (*LAYOUT_KEYS, *(PIPELINE_KEYS if parallel.pp > 1 else ())):
         value = getattr(parallel, name)
         differs = name in given.model_fields_set and getattr(given, name) != value
-        if value != getattr(default, name) or differs:
+        if value != defaults[name] or differs:
             keys[f"parallel.{name}"] = value
     keys["data.micro_batch_size"] = arrangement.micro_batch_size
     keys |= _recomputation(arrangement.activation_checkpoint)

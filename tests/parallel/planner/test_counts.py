@@ -1,12 +1,13 @@
 """The predicted FLOPs and bytes of a step are those that a real step's operators have."""
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import pytest
 
-from parallel.planner.facts import RunFacts
-from parallel.planner.rank import rank_at
+from model.count import flops_per_token
+from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.rank import Rank, rank_at
 from parallel.planner.traffic import bytes_by_kind, traffic_of_rank
 from parallel.planner.work import work_of_rank
 from parallel.processes import WorkerPool
@@ -40,11 +41,7 @@ def test_a_step_is_what_it_is_predicted_to_be(
     rank = rank_at(run, arrangement, 0)
     work = work_of_rank(run, arrangement, rank).total.matmul * arrangement.micro_batches(run)
     assert work == pytest.approx(flops, rel=0.05)
-    predicted: dict[str, float] = {}
-    for (kind, _), size in bytes_by_kind(traffic_of_rank(run, arrangement, rank)).items():
-        predicted[kind] = predicted.get(kind, 0.0) + size
-    for kind in sent.keys() | predicted.keys():
-        assert predicted.get(kind, 0.0) == pytest.approx(sent.get(kind, 0.0), rel=0.05, abs=FEW), kind
+    check_bytes(predicted_bytes(run, arrangement, [rank]), [sent])
 
 
 @pytest.mark.parametrize(
@@ -65,13 +62,33 @@ def test_two_processes_send_what_is_predicted(
     ranks = [rank_at(run, arrangement, place if arrangement.layout.pp > 1 else 0) for place in (0, 1)]
     works = [work_of_rank(run, arrangement, rank).total.matmul for rank in ranks]
     assert sum(works) * arrangement.micro_batches(run) == pytest.approx(sum(f for f, _ in counted), rel=0.05)
-    predicted: Counter[str] = Counter()
+    check_bytes(predicted_bytes(run, arrangement, ranks), [sent for _, sent in counted])
+
+
+def predicted_bytes(run: RunFacts, arrangement: Arrangement, ranks: list[Rank]) -> dict[str, float]:
+    """Of these ranks together, by kind."""
+    predicted: dict[str, float] = defaultdict(float)
     for rank in ranks:
         for (kind, _), size in bytes_by_kind(traffic_of_rank(run, arrangement, rank)).items():
             predicted[kind] += size
-    sent = sum((Counter(sizes) for _, sizes in counted), Counter())
-    for kind in {*sent, *predicted}:
-        assert predicted[kind] == pytest.approx(sent[kind], rel=0.05, abs=2 * FEW), kind
+    return predicted
+
+
+def check_bytes(predicted: dict[str, float], counted: list[dict[str, float]]) -> None:
+    """Each kind within a twentieth."""
+    for kind in set(predicted).union(*counted):
+        sent = sum(sizes.get(kind, 0.0) for sizes in counted)
+        assert predicted[kind] == pytest.approx(sent, rel=0.05, abs=FEW * len(counted)), kind
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT, MOE, SHARED], ids=range(4))
+def test_one_rank_does_the_models_own_flops(model: dict[str, Any]) -> None:
+    """Three forwards, as `model.count` counts them."""
+    run, arrangement = run_of(model), arranged(2)
+    work = work_of_rank(run, arrangement, rank_at(run, arrangement, 0))
+    expected = flops_per_token(run.model, run.seq_len) * 2 * run.seq_len
+    assert 3 * work.forward.flops == pytest.approx(expected)
+    assert work.recompute.flops == 0
 
 
 def test_experts_are_counted_by_those_that_are_used() -> None:

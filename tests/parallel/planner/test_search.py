@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from parallel.config import ParallelConfig
 from parallel.errors import LayoutError
 from parallel.fit import check_fit, check_micro_batches
 from parallel.planner.estimate import Estimate, estimate
@@ -36,8 +37,6 @@ def all_layouts(run: RunFacts, world: int, device: Device) -> Iterator[Estimate]
                 name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
             }
             for reshard in (True, False) if layout.pp == 1 else (True,):
-                from parallel.config import ParallelConfig
-
                 parallel = ParallelConfig(
                     **sizes, pp_schedule=schedule, stages_per_rank=stages, reshard_after_forward=reshard
                 )
