@@ -1,6 +1,7 @@
 """FSDP2: weights, gradients and optimizer state sharded over the data-parallel ranks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from model.experts import Experts
 from parallel.config import ParallelConfig, Precision
@@ -27,6 +29,9 @@ COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
     "fp64": torch.float64,
     "fp8": torch.bfloat16,  # of all but the blocks' linear layers
 }
+
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+"""What selective checkpointing sees operators by."""
 
 
 class ShardedModel(FSDPModule, nn.Module):
@@ -94,7 +99,10 @@ def _hide_hooks(module: nn.Module) -> None:
 
 def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
+        with _disable_current_modes() as modes, ExitStack() as others:
+            for mode in reversed(modes):
+                if not isinstance(mode, _SELECTIVE):
+                    others.enter_context(mode)
             return hook(*args, **kwargs)
 
     return run

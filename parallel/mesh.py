@@ -21,6 +21,8 @@ class Mesh:
         self.layout = layout
         self.device_type = device_type
         self._ranks = torch.arange(layout.world_size).view([getattr(layout, name) for name in SIZES])
+        (place,) = (self._ranks == dist.get_rank()).nonzero().tolist()
+        self._place = dict(zip(SIZES, place, strict=True))
         fsdp = self._ranks.flatten(2, 3)  # pp, dp_replicate, fsdp, tp
         self.dense = self._make(fsdp.permute(0, 3, 1, 2), "pp", "tp", "dp_replicate", "fsdp")
         self.experts = self.dense
@@ -72,21 +74,17 @@ class Mesh:
     @property
     def data_rank(self) -> int:
         """Which share of the data this rank reads."""
-        return self._place("dp_replicate") * self.layout.dp_shard + self._place("dp_shard")
+        return self._place["dp_replicate"] * self.layout.dp_shard + self._place["dp_shard"]
 
     @property
     def cp_rank(self) -> int:
         """Which part of the sequences this rank works on."""
-        return self._place("cp")
+        return self._place["cp"]
 
     @property
     def pp_rank(self) -> int:
         """Which stage this rank works on."""
-        return self._place("pp")
-
-    def _place(self, name: str) -> int:
-        (place,) = (self._ranks == dist.get_rank()).nonzero().tolist()
-        return place[SIZES.index(name)]
+        return self._place["pp"]
 
     def shards(self, mesh: DeviceMesh) -> DeviceMesh:
         """The part of a mesh over which FSDP2 shards; with replicas, it is HSDP."""

@@ -244,33 +244,37 @@ class SharedParameters:
         self.counted_elsewhere: set[str] = set()
         if group.size() == 1:
             return
-        everyones: list[list[str]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(everyones, list(names), group=group)
+        everyones = self._everyones(list(names), group)
         owners = {
             name: tuple(
                 dist.get_global_rank(group, rank) for rank, theirs in enumerate(everyones) if name in theirs
             )
             for name in names
         }
-        made = _make_groups({ranks for ranks in owners.values() if len(ranks) > 1})
+        made = self._make_groups({ranks for ranks in owners.values() if len(ranks) > 1})
         for name in sorted(owners):
             if owners[name] in made:
                 self._groups[name] = made[owners[name]]
                 if owners[name][0] != dist.get_rank():
                     self.counted_elsewhere.add(name)
 
+    def _everyones(self, names: list[str], group: dist.ProcessGroup) -> list[list[str]]:
+        """The names that each rank of the pipeline has."""
+        everyones: list[list[str]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(everyones, names, group=group)
+        return everyones
+
+    def _make_groups(self, wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
+        """The groups of global ranks that any rank wants, of which it is one.
+
+        All ranks make all of them: torch names one that its ranks make alone by how many each of these has already.
+        """
+        everyones: list[set[tuple[int, ...]]] = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, wanted)
+        made = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*everyones))}
+        return {ranks: made[ranks] for ranks in wanted}
+
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         """Sum, in place, the gradients of shared parameters over the ranks that have them."""
         for name, group in self._groups.items():
             dist.all_reduce(local(gradients[name]), group=group)
-
-
-def _make_groups(wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """The groups of global ranks that any rank wants, of which it is one.
-
-    All ranks make all of them: torch names one that its ranks make alone by how many each of these has already.
-    """
-    everyones: list[set[tuple[int, ...]]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, wanted)
-    made = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set().union(*everyones))}
-    return {ranks: made[ranks] for ranks in wanted}

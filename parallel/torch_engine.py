@@ -2,14 +2,14 @@
 
 import re
 from collections import defaultdict
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import lay_out
+from parallel.apply import LaidOut, lay_out
 from parallel.context import Context
 from parallel.cut import holders, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
@@ -24,6 +24,8 @@ from parallel.whole import FsdpPasses
 
 class TorchEngine(Engine):
     """A model sharded by FSDP2, and in stages where there is a pipeline."""
+
+    pipeline: ClassVar[type[Pipeline]] = Pipeline
 
     def __init__(
         self, config: EngineConfig, mesh: Mesh, device: torch.device, make_optimizer: MakeOptimizer
@@ -40,17 +42,7 @@ class TorchEngine(Engine):
         self.mesh = mesh
         self.max_grad_norm = config.max_grad_norm
         context = Context(mesh.cp) if mesh.layout.cp > 1 else None
-        laid_out = lay_out(
-            config.model,
-            parallel,
-            precision,
-            config.activation_checkpoint,
-            config.compile,
-            mesh,
-            context,
-            config.seed,
-            micro_batch=(config.micro_batch_size, config.seq_len),
-        )
+        laid_out = self._lay_out(config, context)
         self.cuts = laid_out.cuts
         self.budgeted = laid_out.budgeted
         if parallel.num_stages == 1:
@@ -61,11 +53,11 @@ class TorchEngine(Engine):
         else:
             stages = cast("list[Stage]", laid_out.roots)
             self.model = nn.ModuleList(stages)
-            self.passes = Pipeline(
+            self.passes = self.pipeline(
                 stages, parallel, mesh.pp, device, COMPUTE_DTYPE[precision], context, config.micro_batch_size
             )
         self.parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
-        self.shared = SharedParameters(self.parameters, mesh.pp)
+        self.shared = self._share_parameters()
         self._holders = {
             name: holders(cast(DTensor, parameter), self.cuts[name], mesh)
             for name, parameter in self.parameters.items()
@@ -74,6 +66,22 @@ class TorchEngine(Engine):
         # where gradients are: with offload, on the host
         gradient_device = torch.device("cpu") if parallel.cpu_offload else device
         self.loss_scale = LossScale(gradient_device, enabled=precision == "fp16")
+
+    def _lay_out(self, config: EngineConfig, context: Context | None) -> LaidOut:
+        return lay_out(
+            config.model,
+            config.parallel,
+            config.precision,
+            config.activation_checkpoint,
+            config.compile,
+            self.mesh,
+            context,
+            config.seed,
+            micro_batch=(config.micro_batch_size, config.seq_len),
+        )
+
+    def _share_parameters(self) -> SharedParameters:
+        return SharedParameters(self.parameters, self.mesh.pp)
 
     def _loss_weight(self) -> Tensor:
         return self.loss_scale.scale.double()

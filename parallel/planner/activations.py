@@ -47,17 +47,27 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a layer keeps of a micro-batch with each way of recomputing; and what its backward takes beside."""
+    """Bytes that a layer keeps of a micro-batch with each way of recomputing, and what there is of it in its backward,
+    when either half is at work."""
 
     none: float
     selective: float
     full: float
-    working: float
-    """At most at once of gradients on their way."""
+    in_feedforward: float
+    in_attention: float
 
     def of(self, recompute: Recompute) -> float:
         """Bytes with one way."""
         return {"none": self.none, "selective": self.selective, "full": self.full}[recompute]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What attention or feed-forward keeps, and what of gradients its backward takes beside, at most at once."""
+
+    none: float
+    selective: float
+    working: float
 
 
 def kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, *, experts: bool) -> Kept:
@@ -80,8 +90,13 @@ def _kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, 
     dropout = _dropout(model, shape, device)
     none = own + attention.none + feedforward.none + norm_kept + inputs + dropout
     selective = own + attention.selective + feedforward.selective
-    working = max(attention.working, feedforward.working) + own
-    return Kept(none, selective, own, working)
+    return Kept(
+        none,
+        selective,
+        own,
+        in_feedforward=none + feedforward.working + own,
+        in_attention=none - feedforward.none + attention.working + own,
+    )
 
 
 def recomputed_layers(config: ActivationCheckpointConfig) -> dict[Recompute, float]:
@@ -108,7 +123,7 @@ def _keeps_input(model: ModelConfig, itemsize: int, device: DeviceType) -> bool:
     return device == "cuda" or model.norm.type == "layernorm" or itemsize >= WIDE
 
 
-def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, device: DeviceType) -> Kept:
+def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, device: DeviceType) -> _Part:
     config, layout, a = model.attention, arrangement.layout, shape.itemsize
     head = known(config.head_dim)
     parts = 2 if config.variant == "complex" else 1
@@ -129,30 +144,27 @@ def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, devic
     collectives = inside + own if layout.tp > 1 else 0.0
     # under cp the exchanges of queries, keys, values and of what comes back are kept, too
     collectives += together if layout.cp > 1 else 0.0
-    return Kept(
-        inside + together + normed + exchanged,
-        products + collectives,
-        0.0,
-        inside + 2 * (query + key + value),
+    return _Part(
+        inside + together + normed + exchanged, products + collectives, inside + 2 * (query + key + value)
     )
 
 
-def _feedforward(model: ModelConfig, shape: Shape, d_ff: float, tp: float | None = None) -> Kept:
+def _feedforward(model: ModelConfig, shape: Shape, d_ff: float, tp: float | None = None) -> _Part:
     a = shape.itemsize
     tp = model.attention.num_heads / shape.heads if tp is None else tp
     inside, own = shape.tokens * model.d_model * a, shape.own_tokens * model.d_model * a
     hidden = shape.tokens * d_ff / tp * a
     gated = model.ffn.variant != "mlp"
     collectives = inside + own if tp > 1 else 0.0
-    return Kept(
+    # the last product's input is let go when there is its gradient
+    return _Part(
         inside + (3 if gated else 2) * hidden,
         (2 if gated else 1) * hidden + inside + collectives,
-        0.0,
-        inside + (3 if gated else 2) * hidden,
+        (2 if gated else 1) * hidden,
     )
 
 
-def _experts(model: ModelConfig, shape: Shape) -> Kept:
+def _experts(model: ModelConfig, shape: Shape) -> _Part:
     """Tokens that a rank has go to experts that are whole, in even shares."""
     moe, a = model.moe, shape.itemsize
     assert moe is not None
@@ -163,12 +175,12 @@ def _experts(model: ModelConfig, shape: Shape) -> Kept:
     gated = model.ffn.variant != "mlp"
     none: float = wide_input + 3 * logits + 40 * rows + 2 * routed + (3 if gated else 2) * hidden
     selective: float = logits + (2 if gated else 1) * hidden + routed
-    working: float = 2 * routed + (3 if gated else 2) * hidden
+    working: float = (2 if gated else 1) * hidden
     if moe.num_shared_experts:
         shared = _feedforward(model, shape, moe.num_shared_experts * known(moe.d_ff))
         none, selective = none + shared.none, selective + shared.selective
         working = max(working, shared.working)
-    return Kept(none, selective, 0.0, working)
+    return _Part(none, selective, working)
 
 
 def _dropout(model: ModelConfig, shape: Shape, device: DeviceType) -> float:

@@ -1,9 +1,11 @@
 """What a rank needs of its device's memory, by part. T sequence, D d_model, V vocabulary.
 
-Peaks are looked for at four moments of a step: in the loss, at the start and at the end of the last backward, and in
-the optimizer's step. The parts are those of the moment at which most is needed.
+Peaks are looked for in the loss, in the backward of the last two layers (the second has the first's gradients on their
+way), at the end of the last backward, and in the optimizer's step. The parts are those of the moment at which most is
+needed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from model.config import known
@@ -18,6 +20,7 @@ from parallel.planner.activations import (
 )
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
+from parallel.planner.parameters import Held
 from parallel.planner.rank import Rank, ranks_of, under_way
 
 
@@ -57,50 +60,34 @@ class Memory:
 
 def predict_memory(run: RunFacts, arrangement: Arrangement, device: Device) -> Memory:
     """Of the rank that needs most. Of a pipeline, those at both ends are looked at."""
-    memories = [_of_rank(run, arrangement, rank, device.type) for rank in ranks_of(run, arrangement)]
+    memories = [memory_of_rank(run, arrangement, rank, device.type) for rank in ranks_of(run, arrangement)]
     return max(memories, key=lambda memory: memory.total).with_reserve(device)
 
 
-def _of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
-    micro_batches = arrangement.micro_batches(run)
-    a, master = run.itemsize, run.master_size
+def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
+    """Of one rank, the reserve left out."""
+    master = run.master_size
     stored, computed = rank.all.stored, rank.all.computed
     steady = Memory(weights=stored * master, optimizer=2 * stored * master)
-    layer, root = rank.largest_layer.computed, rank.root.computed
-    sharded = arrangement.layout.shard_size > 1
-    reduces_each = sharded and arrangement.layout.pp == 1
+    reduces_each = arrangement.layout.shard_size > 1 and arrangement.layout.pp == 1
+    one = arrangement.micro_batches(run) == 1
     # before the last backward of a step
-    gradients = 0.0 if micro_batches == 1 else master * (stored if reduces_each else computed)
-    # the buffer of the newest gathering waits for the next; in the backward it is beside the layer at work
-    gathered = computed * a if arrangement.keeps_gathered else (root + layer * sharded) * a
-    at_work = 0 if arrangement.keeps_gathered else layer * a
-    # gradients of one layer, and of the layer before what is being reduced
-    reducing = layer * (a + master)
-    kept, working = _activations(run, arrangement, rank, device)
-    in_loss, until_backward, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0, 0.0)
-    at_once = under_way(arrangement, rank, micro_batches)
-    moments = []
-    for several, reduced in (
-        ((at_once, 0.0), (1.0, gradients)) if _all_first(arrangement) else ((at_once, gradients),)
-    ):
-        # a schedule that is done with all forwards first has losses of several micro-batches, too
-        waiting = (several - 1) * until_backward if _all_first(arrangement) else 0.0
-        before = replace(steady, gradients=reduced, gathered=gathered, activations=kept * several)
-        moments += [
-            replace(before, logits=in_loss + waiting),
-            replace(
-                before,
-                gathered=gathered + at_work + reducing,
-                activations=kept * several + working,
-                logits=after_loss + waiting,
-            ),
-        ]
-    all_reduced = master * (stored if reduces_each or micro_batches == 1 else computed)
-    last_layer = layer * a if arrangement.keeps_gathered else 0
-    root_reducing = root * (a + master if sharded else 2 * master)
-    moments.append(replace(steady, gradients=all_reduced, gathered=root_reducing + last_layer))
-    moments.append(replace(steady, gradients=stored * master))
-    return max(moments, key=lambda memory: memory.total)
+    before = 0.0 if one else master * (stored if reduces_each else computed)
+    after = master * (stored if reduces_each or one else computed)
+    at_once = under_way(arrangement, rank, arrangement.micro_batches(run))
+    # with all forwards first, there are no gradients while most is kept
+    at_work = ((at_once, 0.0), (1.0, before)) if _all_first(arrangement) else ((at_once, before),)
+    moments = (
+        *(
+            replace(moment, gradients=reduced)
+            for several, reduced in at_work
+            for moment in _passes(run, arrangement, rank, device, several)
+        ),
+        *(replace(moment, gradients=after) for moment in _ends(run, arrangement, rank, device)),
+        Memory(gradients=stored * master),
+    )
+    most = max(moments, key=lambda memory: memory.total)
+    return replace(most, weights=steady.weights, optimizer=steady.optimizer)
 
 
 def _all_first(arrangement: Arrangement) -> bool:
@@ -108,20 +95,110 @@ def _all_first(arrangement: Arrangement) -> bool:
     return arrangement.layout.pp > 1 and arrangement.parallel.pp_schedule == "gpipe"
 
 
-def _activations(
-    run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType
-) -> tuple[float, float]:
-    """What is kept of a micro-batch; what the backward of a layer takes beside."""
-    kept, working = 0.0, 0.0
-    for experts, count in ((False, rank.dense_layers), (True, rank.expert_layers)):
+def _passes(
+    run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType, several: float
+) -> Iterator[Memory]:
+    """In the loss, and in the backward of the last layer and of the one before it, of several micro-batches that are
+    under way."""
+    layout, a = arrangement.layout, run.itemsize
+    in_loss, waiting, after_loss = _loss(run, arrangement, device) if rank.is_last else (0.0, 0.0, 0.0)
+    others = (several - 1) * waiting if _all_first(arrangement) else 0.0
+    in_loss, after_loss = in_loss + others, after_loss + others
+    kept = sum(layer.kept * layer.count for layer in _layers(run, arrangement, rank, device))
+    kept = kept * several + _between_stages(run, arrangement, rank, several)
+    all_ = rank.all.padded(layout) * a
+    root, gathering = (all_, 0) if arrangement.keeps_gathered else (rank.root.padded(layout) * a, 1)
+    largest = rank.largest_layer.padded(layout) * a
+    yield Memory(gathered=root + gathering * largest, activations=kept, logits=in_loss)
+    layers = list(_layers(run, arrangement, rank, device))
+    for layer, previous in zip(layers, [*layers[1:], layers[0]], strict=True):
+        held, expert = layer.parameters, layer.parameters.padded_experts(layout)
+        dense = held.padded(layout) - expert
+        # what the gradients of the layer before are reduced in; experts have theirs by themselves, and first
+        reducing, own_reducing = (
+            (dense * run.master_size, expert * run.master_size) if layout.pp == 1 else (0, 0)
+        )
+        # this layer's weights, and those of the next, which is being gathered
+        at_work = root + gathering * 2 * dense * a
+        in_feedforward = Memory(
+            gathered=at_work + (gathering * 2 * expert + layer.last_product) * a,
+            activations=kept - layer.kept + layer.in_feedforward,
+            logits=after_loss,
+        )
+        in_attention = Memory(
+            gathered=at_work + held.whole * a + own_reducing,
+            activations=kept - layer.kept + layer.in_attention,
+            logits=after_loss,
+        )
+        for now in (in_feedforward, in_attention):
+            yield now
+            if rank.layers > 1:
+                another = 0 if now is in_attention and expert else reducing
+                # where weights stay gathered, they do until their backward
+                let_go = previous.parameters.padded(layout) * a if not gathering and layout.pp == 1 else 0
+                yield replace(
+                    now, gathered=now.gathered + another - let_go, activations=now.activations - previous.kept
+                )
+
+
+def _ends(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Iterator[Memory]:
+    """When all gradients of the root are there, and when they are reduced."""
+    layout, a, master = arrangement.layout, run.itemsize, run.master_size
+    root, padded = rank.root.computed, rank.root.padded(layout)
+    # a head that is the embedding has a gradient of each, and their sum
+    twice = run.model.tie_embeddings and rank.is_first and rank.is_last
+    gradients = root * (3 if twice else 1) * a
+    first_layer = rank.largest_layer.padded(layout) * master if layout.pp == 1 else 0
+    kept = rank.all.padded(layout) * a if arrangement.keeps_gathered else padded * a
+    accumulates = layout.pp > 1 or layout.shard_size == 1
+    widened = root * master if accumulates and device == "cpu" and a < WIDE else 0
+    received = _between_stages(run, arrangement, rank, 0)
+    yield Memory(gathered=kept + gradients + first_layer + widened, activations=received)
+    reducing = root * a + padded * master * (1 if layout.shard_size > 1 else 2)
+    yield Memory(gathered=kept - padded * a + reducing, activations=received)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Equal layers of a rank, in bytes of a micro-batch."""
+
+    count: float
+    kept: float
+    in_feedforward: float
+    in_attention: float
+    parameters: Held
+    last_product: float
+    """Elements of the weights of the last projection, whose gradient is the first to be there."""
+
+
+def _layers(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Iterator[_Layers]:
+    layout, model = arrangement.layout, run.model
+    for experts, count, parameters in (
+        (False, rank.dense_layers, rank.dense_layer),
+        (True, rank.expert_layers, rank.expert_layer),
+    ):
         if not count:
             continue
+        last_product = known(model.ffn.d_ff) * model.d_model / layout.tp
+        if experts:
+            assert model.moe is not None
+            last_product = model.moe.num_experts / layout.ep * known(model.moe.d_ff) * model.d_model
         layer = kept_of_layer(run, arrangement, device, experts=experts)
         for recompute, share in recomputed_layers(arrangement.activation_checkpoint).items():
-            kept += count * share * layer.of(recompute)
-            again = layer.none - layer.of(recompute) if recompute != "none" else 0.0
-            working = max(working, layer.working + max(0.0, again))
-    return kept, working
+            kept = layer.of(recompute)
+            yield _Layers(
+                count * share, kept, layer.in_feedforward, layer.in_attention, parameters, last_product
+            )
+
+
+def _between_stages(run: RunFacts, arrangement: Arrangement, rank: Rank, times: float) -> float:
+    """What stages of a pipeline are sent by those next to them, for all micro-batches of a step, and what they send on,
+    of those that are under way."""
+    shape, last = Shape.of(run, arrangement), arrangement.parallel.num_stages - 1
+    size = shape.tokens * run.model.d_model * shape.itemsize
+    after = sum(stage < last for stage in rank.stage_numbers)
+    before = sum(stage > 0 for stage in rank.stage_numbers)
+    return size * ((before + after) * arrangement.micro_batches(run) + after * times)
 
 
 def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[float, float, float]:
@@ -138,8 +215,4 @@ def _loss(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> tuple[
     # what a chunk adds to the head's gradient is made in slices; a CPU widens it before it adds
     piece = min(rows, VOCABULARY_SLICE) * d * (a + (WIDE if device == "cpu" else 0)) if narrow else 0
     cast = rows * d * a if narrow else 0
-    return (
-        norm + 2 * hidden + head + max(logits + piece, cast),
-        norm + hidden + head,
-        norm + hidden + rows * d * a,
-    )
+    return norm + 2 * hidden + head + max(logits + piece, cast), norm + hidden + head, rows * d * a

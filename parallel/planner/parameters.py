@@ -74,6 +74,14 @@ class Held:
         """Elements that the rank computes with."""
         return self.whole + self.expert_whole
 
+    def padded(self, layout: Layout) -> int:
+        """Elements of what is gathered, in which all ranks' shards are as long as the longest."""
+        return self.shard * layout.shard_size + self.padded_experts(layout)
+
+    def padded_experts(self, layout: Layout) -> int:
+        """Of these, those of experts that ranks share out."""
+        return self.expert_shard * (layout.shard_size // layout.ep)
+
     @property
     def stored(self) -> int:
         """Elements that the rank stores, and steps."""

@@ -12,6 +12,7 @@ from model.config import known
 from parallel.layout import Layout
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.parameters import held
 from parallel.planner.rank import Rank
 from parallel.planner.work import needs_last_product
 from parallel.stages import rank_of
@@ -83,15 +84,15 @@ def _fsdp(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Excha
         ("layer", rank.expert_layer, rank.expert_layers, gathers),
         ("root", rank.root, 1, 1),
     )
-    for of, held, count, gathered in units:
+    for of, mine, count, gathered in units:
         if not count:
             continue
         yield from _shards(
-            run, layout, of, held.shard, count, times, gathered, (layout.shard_size, layout.tp)
+            run, layout, of, mine.shard, count, times, gathered, (layout.shard_size, layout.tp)
         )
-        if held.expert_shard:
+        if mine.expert_shard:
             ranks = layout.shard_size // layout.ep, layout.tp * layout.ep
-            yield from _shards(run, layout, of, held.expert_shard, count, times, gathered, ranks)
+            yield from _shards(run, layout, of, mine.expert_shard, count, times, gathered, ranks)
 
 
 def _shards(
@@ -191,3 +192,8 @@ def _pipeline(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[E
     size = shape.tokens * run.model.d_model * shape.itemsize
     stride = layout.world_size // layout.pp
     yield Exchange("send", "pp", layout.pp, stride, sends * arrangement.micro_batches(run), size, "tokens")
+    if run.model.tie_embeddings and (rank.is_first or rank.is_last):
+        tables = [each for each in run.inventory.entrance if each.sharding == "vocabulary"]
+        table = held(tables, layout, run.inventory.kv_heads, shares_tokens=False)
+        ends = stride * (layout.pp - 1)
+        yield Exchange("all_reduce", "pp", 2, ends, 1, table.shard * run.master_size, "tied embedding")

@@ -39,6 +39,9 @@ def plan(
         LayoutChoice, typer.Option(help="The fastest that fits, or that of the configuration.")
     ] = LayoutChoice.SEARCH,
     picture: Annotated[Path | None, typer.Option(help="Draw memory, layout and step into this file.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Take a step as one rank of the layout, and compare.")
+    ] = False,
 ) -> None:
     """Say what a run will take before it is started: the best layout, memory, time, cost.
 
@@ -47,6 +50,8 @@ def plan(
     Example: `trireme plan 7b --gpus 64 --gpu a100-80gb --days 30 --picture plan.png`
 
     Example: `trireme plan 7b parallel.tp=2 --gpus 8 --layout given`
+
+    Example: `trireme plan 70b parallel.tp=8 --gpus 4096 --layout given --simulate`
     """
     from parallel.planner.hardware import load_device
     from train.plan import Budget, load_for_plan, make_plan
@@ -60,6 +65,10 @@ def plan(
         from train.plan_picture import draw_plan
 
         print(draw_plan(config, made, picture))
+    if simulate:
+        from train.cli.simulated import show_simulated
+
+        show_simulated(made.best, loaded.optimizer)
 
 
 def _show(name: str, made: "Plan") -> None:
