@@ -20,7 +20,7 @@ def main() -> None:
     print(f"| preset | {' | '.join(f'{size:,} GPUs' for size in SIZES)} |")
     print(f"|{'---|' * (len(SIZES) + 1)}", flush=True)
     for preset in PRESETS:
-        config = load_for_plan(preset, [], Budget())
+        config = load_for_plan(preset, [])
         cells = (_cell(config, size, device) for size in SIZES)
         print(f"| {preset} | {' | '.join(cells)} |", flush=True)
 

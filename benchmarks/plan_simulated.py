@@ -5,6 +5,7 @@ python -m benchmarks.plan_simulated
 
 import time
 import warnings
+from functools import partial
 
 from parallel.planner.compare import compare
 from parallel.planner.hardware import load_device
@@ -29,10 +30,9 @@ def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
     for name, ranks, overrides in JOBS:
         began = time.perf_counter()
-        config = load_for_plan(name, overrides, Budget())
+        config = load_for_plan(name, overrides)
         best = make_plan(config, ranks, load_device("h100-80gb"), Budget(), as_given=True).best
-        optimizer = config.optimizer
-        step = simulate(best.run, best.arrangement, 0, lambda m, of=optimizer: make_optimizer(m, of))
+        step = simulate(best.run, best.arrangement, 0, partial(make_optimizer, config=config.optimizer))
         compared = compare(best.run, best.arrangement, 0, step)
         cells = []
         for group, size in (("memory", 1e9), ("FLOPs", 1e12), ("traffic", 1e9)):

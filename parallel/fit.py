@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from model.config import BaseModelConfig, ModelConfig, known
 from model.encoder_decoder.config import EncoderDecoderConfig
-from parallel.config import ParallelConfig, Precision
+from parallel.config import ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.sizes import format_bytes
@@ -108,6 +108,15 @@ def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
         raise LayoutError(
             f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of precision=fp8 can't "
             f"be: use parallel.pp_schedule=interleaved_1f1b, or precision=bf16"
+        )
+
+
+def check_recomputation(layout: Layout, parallel: ParallelConfig, mode: RecomputeMode) -> None:
+    """Raises LayoutError where a schedule can't have what was computed be computed again so."""
+    if layout.pp > 1 and "zero_bubble" in parallel.pp_schedule and mode in ("selective", "auto"):
+        raise LayoutError(
+            f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of "
+            f"activation_checkpoint.mode={mode} can't be: use none or full, or parallel.pp_schedule=interleaved_1f1b"
         )
 
 

@@ -25,8 +25,8 @@ LAYOUT_KEYS = (
     *("reshard_after_forward", "sequence_parallel"),
 )
 PIPELINE_KEYS = ("pp_schedule", "stages_per_rank")
-UNUSED = "data.path=unused"
-"""A plan reads no data."""
+UNUSED = ("data.path=unused", "run.wall_time=1h", "schedule.total_steps=1000000000")
+"""A plan reads no data; and a run without an end has the tokens that are best for its size."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Budget:
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.flops, self.days, self.tokens)) > 1:
             raise ConfigError("--flops, --days and --tokens all say how long the run is: give one of them")
-
-    @property
-    def is_given(self) -> bool:
-        """Whether any is."""
-        return (self.flops, self.days, self.tokens) != (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -116,14 +111,13 @@ class Plan:
         return self.training.best
 
 
-def load_for_plan(path_or_name: str, overrides: Sequence[str], budget: Budget) -> Config:
-    """A configuration, of which data and length may be missing.
+def load_for_plan(path_or_name: str, overrides: Sequence[str]) -> Config:
+    """A configuration, of which data and end may be missing.
 
     Raises:
         ConfigError: anything wrong with it.
     """
-    ended = ["run.steps=1"] if budget.is_given else []
-    return load_config(path_or_name, [UNUSED, *ended, *overrides]).config
+    return load_config(path_or_name, [*UNUSED, *overrides]).config
 
 
 def make_plan(

@@ -7,7 +7,7 @@ import pytest
 from model.models import parse_model
 from parallel.config import ParallelConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_fit, check_micro_batches
+from parallel.fit import check_fit, check_micro_batches, check_recomputation
 from parallel.layout import Layout
 
 SMALL = {"vocab_size": 64, "d_model": 48, "attention": {"num_heads": 12, "num_kv_heads": 4}}
@@ -84,3 +84,14 @@ def test_schedules_say_how_many_stages_they_have() -> None:
         ParallelConfig(pp=2, stages_per_rank=2)
     with pytest.raises(ValueError, match="zbv_zero_bubble has 2"):
         ParallelConfig(pp=2, pp_schedule="zbv_zero_bubble", stages_per_rank=3)
+
+
+@pytest.mark.parametrize("schedule", ["zbv_zero_bubble", "interleaved_zero_bubble"])
+def test_a_backward_in_two_is_not_recomputed_in_parts(schedule: str) -> None:
+    """torch: "Trying to backward an extra time"."""
+    parallel = ParallelConfig(pp=2, pp_schedule=schedule)
+    for mode in ("selective", "auto"):
+        with pytest.raises(LayoutError, match="use none or full, or parallel.pp_schedule=interleaved_1f1b"):
+            check_recomputation(Layout(pp=2), parallel, mode)
+    check_recomputation(Layout(pp=2), parallel, "full")
+    check_recomputation(Layout(pp=2), ParallelConfig(pp=2, pp_schedule="1f1b"), "selective")

@@ -45,8 +45,8 @@ def test_what_is_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["7b", "30b"])
 def test_keys_undo_what_the_configuration_says(name: str) -> None:
     said = ["parallel.pp=4", "parallel.pp_schedule=interleaved_1f1b", "parallel.stages_per_rank=4"]
-    made = make_plan(load_for_plan(name, said, Budget()), 64, GPU, Budget())
-    config = load_for_plan(name, [*said, *made.pasted], Budget())
+    made = make_plan(load_for_plan(name, said), 64, GPU, Budget())
+    config = load_for_plan(name, [*said, *made.pasted])
     layout = resolve_layout(config.parallel, 64)
     assert config.parallel.pp_schedule == made.best.arrangement.parallel.pp_schedule or layout.pp == 1
     assert layout == made.best.arrangement.layout
@@ -55,7 +55,7 @@ def test_keys_undo_what_the_configuration_says(name: str) -> None:
 
 def test_budgets_agree() -> None:
     """Tokens, FLOPs and days are three ways to say the same."""
-    config = load_for_plan("1b", [], Budget(tokens=1e11))
+    config = load_for_plan("1b", [])
     made = make_plan(config, 8, GPU, Budget(tokens=1e11)).training
     for budget in (Budget(flops=made.flops), Budget(days=made.days)):
         other = make_plan(config, 8, GPU, budget).training
@@ -68,14 +68,14 @@ def test_budgets_agree() -> None:
 
 
 def test_the_optimum_of_a_compute_optimal_run_is_itself() -> None:
-    made = make_plan(load_for_plan("7b", [], Budget()), 64, GPU, Budget()).training
+    made = make_plan(load_for_plan("7b", []), 64, GPU, Budget()).training
     params, tokens = made.optimum
     assert params == pytest.approx(parameter_count(made.best.run.model).total, rel=0.01)
     assert tokens == pytest.approx(20 * params)
 
 
 def test_memory_before_a_start() -> None:
-    config = load_for_plan("7b", [], Budget())
+    config = load_for_plan("7b", [])
     memory = memory_of(config, resolve_layout(config.parallel, 8), GPU)
     assert memory.weights == pytest.approx(4 * 6_738_415_616 / 8, rel=0.01)
     assert memory.optimizer == 2 * memory.weights
@@ -124,7 +124,7 @@ def test_recommended_layouts_can_be_started() -> None:
             overrides = [f"{sections.get(key.partition('=')[0], 'parallel')}.{key}" for key in keys.split()]
             if not any(key.startswith("mode=") for key in keys.split()):
                 overrides.append("activation_checkpoint.mode=none")
-            config = load_for_plan(name, overrides, Budget())
+            config = load_for_plan(name, overrides)
             layout = resolve_layout(config.parallel, size)
             check_fit(layout, config.parallel, config.model, config.model.max_seq_len)
             arrangement = arrangement_of(config, layout)

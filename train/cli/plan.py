@@ -58,7 +58,7 @@ def plan(
 
     budget = Budget(number_of("flops", flops), _positive_days(days), number_of("tokens", tokens))
     device = load_device(gpu)
-    loaded = load_for_plan(config, overrides or [], budget)
+    loaded = load_for_plan(config, overrides or [])
     made = make_plan(loaded, gpus, device, budget, as_given=layout is LayoutChoice.GIVEN)
     _show(config, made)
     if picture is not None:

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from model.config import BaseModelConfig, ModelConfig
 from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
-from parallel.fit import check_fit, check_micro_batches
+from parallel.fit import check_fit, check_micro_batches, check_recomputation
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.fit import check_zero
@@ -68,6 +68,7 @@ class Arrangement(ParallelConfig):
     def check(self, model: BaseModelConfig, precision: Precision, global_batch_size: int) -> None:
         """Raises LayoutError where the model, or the batch, can't be laid out so."""
         check_fit(self.layout, self, model, model.max_seq_len)
+        check_recomputation(self.layout, self, self.activation_checkpoint)
         check_zero(self.layout, self, precision, CompileConfig(enabled=self.compile))
         ranks, size = self.layout.data_size, self.micro_batch(global_batch_size)
         if global_batch_size % (ranks * size):
