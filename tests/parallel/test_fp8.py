@@ -15,7 +15,7 @@ from parallel.layout import SIZES, resolve_layout
 from parallel.processes import WorkerPool
 from tests.parallel.parity import config_of, make_engine, train
 
-MODEL = {"d_model": 64, "attention": {"num_heads": 4, "num_kv_heads": 2}, "ffn": {"d_ff": 96}}
+MODEL = {"d_model": 64, "attention": {"num_heads": 4, "num_kv_heads": 2}, "ffn": {"d_ff": 128}}
 MOE = {**MODEL, "moe": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1}}
 
 
@@ -117,7 +117,7 @@ LAYOUTS: list[tuple[dict[str, int], int, dict[str, Any], dict[str, Any]]] = [
 FIRST_LOSS, FIRST_NORM, LATER_LOSS = 2e-3, 1e-2, 0.2
 """Relative differences: of the first step, whose weights are equal, and of all 20.
 
-At most 3.5e-4, 1.9e-3 and 0.10 were seen, and in bf16 up to 0.12 in the end.
+At most 5.2e-4, 2.7e-3 and 0.11 were seen, and in bf16 up to 0.12 in the end.
 """
 
 

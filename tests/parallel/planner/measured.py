@@ -50,7 +50,7 @@ def measured_peak(run: RunFacts, arrangement: Arrangement, rank: int = 0) -> int
 
 def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
     """The same of this process, in a group of as many as the layout has."""
-    engine = _engine(run, arrangement)
+    engine = engine_for(run, arrangement)
     sequences = run.global_batch_size // arrangement.layout.data_size
     tokens = torch.zeros(sequences, run.seq_len, dtype=torch.int64)
     batch = Sequences({"tokens": tokens}, tokens)
@@ -113,7 +113,7 @@ def counted_step(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[s
 
 def counted_here(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
     """The same of this process, in a group of as many as the layout has."""
-    engine = _engine(run, arrangement)
+    engine = engine_for(run, arrangement)
     sequences = run.global_batch_size // arrangement.layout.data_size
     tokens = torch.randint(0, known(run.model.vocab_size), (sequences, run.seq_len))
     with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
@@ -122,7 +122,8 @@ def counted_here(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[s
     return flops.get_total_flops(), dict(counter.bytes)
 
 
-def _engine(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
+def engine_for(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
+    """The engine that is measured, in a group of as many as the layout has."""
     config = EngineConfig(
         run.model,
         arrangement.parallel,
