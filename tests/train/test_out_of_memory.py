@@ -38,7 +38,8 @@ def test_it_is_told_where_it_was_and_what_would_help(
 ) -> None:
     told = pools[2].run(train_out_of_memory, tiny_config, [f"run.dir={tmp_path}"])
     for rank, (what, _, *changes) in enumerate(text.splitlines() for text in told):
-        assert f"rank {rank} on {socket.gethostname()} is out of memory in step 3, at a peak of 0." in what
+        assert f"rank {rank} on {socket.gethostname()} is out of memory in step 3, at a peak of " in what
+        assert re.search(r"of \d+\.\d\d GiB: ", what), "how much it is depends on what the process did before"
         assert what.endswith("CUDA out of memory. Tried to allocate 2.00 GiB.")
         assert [change.split()[0] for change in changes] == [
             "data.micro_batch_size=1",
