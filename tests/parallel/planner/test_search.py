@@ -1,6 +1,5 @@
 """The search finds what a look at every layout finds, and what it finds can be started."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -81,11 +80,9 @@ def test_what_is_found_can_be_started(name: str, world: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_largest_search_takes_seconds() -> None:
-    """Of this process: others may be at work, too."""
-    run, start = preset("405b"), time.process_time()
-    assert search(run, 4096, GPU).weighed > 10_000
-    assert time.process_time() - start < 10
+def test_the_largest_search_weighs_few_enough() -> None:
+    """A core weighs some 4,000 a second; without bounds there would be many times as many."""
+    assert 10_000 < search(preset("405b"), 4096, GPU).weighed < 40_000
 
 
 def test_a_model_that_fits_nowhere_is_told_how_many_would_do() -> None:
