@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# how long an example takes is the machine's affair
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from parallel.processes import WorkerEnded, WorkerPool, WorkerPools
+
+# how long an example takes is the machine's affair
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class Persistent:
