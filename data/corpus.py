@@ -59,7 +59,7 @@ def open_parquet(path: str) -> Any:
         return pyarrow.parquet.ParquetFile(path)
     except OSError as error:
         raise reading_failed(path, error) from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no parquet file: {first_line(error)}") from error
 
 
@@ -212,7 +212,7 @@ def _parquet(piece: Piece, field: str) -> Iterator[Row]:
             for text in batch.column(0).to_pylist():
                 yield f"{piece.file.key}#{row}", f"{path}, row {row}", text
                 row += 1
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged near row {row}: {first_line(error)}") from error
 
 

@@ -116,6 +116,13 @@ def test_any_file_gives_what_it_holds_or_a_line(kind: str, tmp_path_factory: pyt
     fuzz()
 
 
+def test_a_column_whose_name_is_no_text_gives_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet().replace(b"text", b"\x98ext"))
+    with pytest.raises(InputError, match="is no parquet file: 'utf-8' codec can't decode"):
+        read_documents(path)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
