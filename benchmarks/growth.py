@@ -31,7 +31,7 @@ from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import load_device
 from parallel.planner.simulate import simulate
 from parallel.processes import process_group
-from tests.parallel.planner.measured import Sequences, engine_for, measured_peak
+from tests.parallel.planner.measured import batch_of, engine_for, measured_peak
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import CheckpointConfig, OptimizerConfig
@@ -115,7 +115,7 @@ def _measured(of: str, x: float, model: ModelConfig, length: int) -> Point:
         taken = []
         for step in range(STEPS + 1):
             began = time.perf_counter()
-            engine.forward_backward(Sequences({"tokens": tokens}, tokens), step)
+            engine.forward_backward(batch_of(tokens), step)
             engine.step(1e-4)
             taken.append(time.perf_counter() - began)
         checkpoint.save(Path(folder), engine.state(), Progress(1, 0, {}), CheckpointConfig(), {})

@@ -13,6 +13,9 @@ from parallel.stages import MANY_STAGES
 BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Of a number in an activation."""
 
+FP8_MULTIPLE = 16
+"""What the sizes of a product of 8-bit floats are multiples of."""
+
 HAS_STAGES = ("transformer", "flow_matching", "image_codes")
 """Models whose layers are in one row."""
 
@@ -99,10 +102,11 @@ def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
             f"compute in 8 bits: use precision=bf16"
         )
     head_dim, kv_heads = known(model.attention.head_dim), known(model.attention.num_kv_heads)
-    if kv_heads % layout.tp and head_dim % 16:
+    if kv_heads % layout.tp and head_dim % FP8_MULTIPLE:
         raise LayoutError(
             f"precision=fp8: parallel.tp={layout.tp} leaves each rank one kv head of {head_dim} features, and 8-bit "
-            f"products want multiples of 16: use parallel.tp={_nearest(layout.tp, lambda tp: kv_heads % tp == 0)}"
+            f"products want multiples of {FP8_MULTIPLE}: use parallel.tp="
+            f"{_nearest(layout.tp, lambda tp: kv_heads % tp == 0)}"
         )
     if layout.pp > 1 and "zero_bubble" in parallel.pp_schedule:
         raise LayoutError(

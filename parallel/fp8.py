@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.errors import LayoutError
+from parallel.fit import FP8_MULTIPLE
 
-MULTIPLE = 16
-"""What the sizes of a product of 8-bit floats are multiples of."""
 OLDEST_CAPABILITY = (8, 9)
 """Of the GPUs that have such products: Ada, Hopper and later."""
 
@@ -35,11 +34,11 @@ def use_fp8(layers: Iterable[nn.Module]) -> None:
     for name, module in (named for layer in layers for named in layer.named_modules()):
         if type(module) is nn.Linear:
             features_out, features_in = module.weight.shape  # of the rank's share
-            if features_in % MULTIPLE or features_out % MULTIPLE:
+            if features_in % FP8_MULTIPLE or features_out % FP8_MULTIPLE:
                 raise LayoutError(
                     f"precision=fp8: layer {name} has {features_in} features in and {features_out} out on a rank, and "
-                    f"8-bit products want multiples of {MULTIPLE}: change the widths, use a smaller parallel.tp, or "
-                    f"precision=bf16"
+                    f"8-bit products want multiples of {FP8_MULTIPLE}: change the widths, use a smaller parallel.tp, "
+                    f"or precision=bf16"
                 )
             module.__class__ = Fp8Linear
 
@@ -95,7 +94,7 @@ class _Product(torch.autograd.Function):
 
 def _pad(x: Tensor) -> Tensor:
     """With rows of zeros, up to a multiple of what a product wants."""
-    return F.pad(x, (0, 0, 0, -len(x) % MULTIPLE))
+    return F.pad(x, (0, 0, 0, -len(x) % FP8_MULTIPLE))
 
 
 def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

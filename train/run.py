@@ -64,18 +64,7 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     mirror = _mirror(plan, folder)
     progress = _resume(folder, mirror, engine, stream)
     start = progress.step
-    with torch.device("meta"):
-        log.info("%s: %s", folder.path, repr(build_model(config.model)).partition("\n")[0])
-    log.info(
-        "%d process(es), %s, %s; %s tokens a step, %s",
-        dist.get_world_size(),
-        plan.layout,
-        config.precision,
-        f"{plan.tokens_per_step:,}",
-        f"from step {start + 1} to {plan.total_steps or 'the end of its time'}",
-    )
-    if engine.budgeted is not None:
-        log.info("recomputation: %s", engine.budgeted)
+    _announce(plan, engine, start)
     on_first_rank(lambda: drop_metrics_after(folder, start), f"{folder.metrics} can't be written")
     monitor = make_monitor(folder, plan, start) if first else Monitor([])
     saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan), mirror)
@@ -104,6 +93,23 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
         monitor.close()
         stream.close()
         saver.close()
+
+
+def _announce(plan: Plan, engine: Engine, start: int) -> None:
+    """Say what begins."""
+    config = plan.config
+    with torch.device("meta"):
+        log.info("%s: %s", folder_of(config).path, repr(build_model(config.model)).partition("\n")[0])
+    log.info(
+        "%d process(es), %s, %s; %s tokens a step, %s",
+        dist.get_world_size(),
+        plan.layout,
+        config.precision,
+        f"{plan.tokens_per_step:,}",
+        f"from step {start + 1} to {plan.total_steps or 'the end of its time'}",
+    )
+    if engine.budgeted is not None:
+        log.info("recomputation: %s", engine.budgeted)
 
 
 def engine_of(plan: Plan, device: torch.device) -> Engine:

@@ -101,9 +101,8 @@ def _check_memory(plan: Plan) -> None:
         print(f"slurm.gpu={name}: memory is not predicted: {error}", file=sys.stderr)
         return
     if not fits(memory, device):
-        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.parts.items() if size >= 5e7)
         raise ConfigError(
-            f"{plan.config.run.name} would need {memory.total / 1e9:.1f} GB ({parts}) of the "
+            f"{plan.config.run.name} would need {memory.total / 1e9:.1f} GB ({memory.in_gb}) of the "
             f"{device.memory_bytes / 1e9:.1f} of slurm.gpu={name}: `trireme plan CONFIG --gpus "
             f"{plan.layout.world_size} --gpu {name}` shows layouts that fit"
         )

@@ -21,11 +21,12 @@ from parallel.planner.activations import (
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
 from parallel.planner.parameters import Held
+from parallel.planner.parts import Parts
 from parallel.planner.rank import Rank, ranks_of, under_way
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Parts):
     """Bytes of one rank at the peak of a step, by part."""
 
     weights: float = 0.0
@@ -44,14 +45,9 @@ class Memory:
     """What the device's driver, libraries and communicators take, and the allocator's waste."""
 
     @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(self.parts.values())
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """By name."""
-        return vars(self)
+    def in_gb(self) -> str:
+        """The parts of 50 MB and more, as they are told."""
+        return ", ".join(f"{part} {size / 1e9:.1f}" for part, size in self.parts.items() if size >= 5e7)
 
     def with_reserve(self, device: Device) -> "Memory":
         """With what the device keeps for itself."""
@@ -68,7 +64,6 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     """Of one rank, the reserve left out."""
     master = run.master_size
     stored, computed = rank.all.stored, rank.all.computed
-    steady = Memory(weights=stored * master, optimizer=2 * stored * master)
     reduces_each = arrangement.layout.shard_size > 1 and arrangement.layout.pp == 1
     one = arrangement.micro_batches(run) == 1
     # before the last backward of a step
@@ -87,7 +82,7 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
         Memory(gradients=stored * master),
     )
     most = max(moments, key=lambda memory: memory.total)
-    return replace(most, weights=steady.weights, optimizer=steady.optimizer)
+    return replace(most, weights=stored * master, optimizer=2 * stored * master)
 
 
 def _all_first(arrangement: Arrangement) -> bool:

@@ -54,7 +54,7 @@ def simulate(run: RunFacts, arrangement: Arrangement, place: int, make_optimizer
     with simulated_rank(place * (layout.world_size // layout.pp), layout.world_size):
         mesh = Mesh(layout, "cpu")
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            config = _engine_config(run, arrangement)
+            config = engine_config(run, arrangement)
             engine = SimulatedEngine(config, mesh, torch.device("cpu"), make_optimizer)
             return _measure(engine, config, fake)
 
@@ -78,7 +78,8 @@ def _check(run: RunFacts, arrangement: Arrangement) -> None:
             raise LayoutError(f"{name}={value}{of} can't be simulated: use {name}={works} with --simulate")
 
 
-def _engine_config(run: RunFacts, arrangement: Arrangement) -> EngineConfig:
+def engine_config(run: RunFacts, arrangement: Arrangement) -> EngineConfig:
+    """What an engine is told of a run that is planned, its blocks not compiled."""
     return EngineConfig(
         run.model,
         arrangement.parallel,

@@ -8,6 +8,7 @@ from model.config import known
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
+from parallel.planner.parts import Parts
 from parallel.planner.rank import Rank, rank_at
 from parallel.planner.topology import seconds
 from parallel.planner.traffic import Exchange, traffic_of_weights, traffic_of_work
@@ -21,7 +22,7 @@ KERNELS, KERNELS_COMPILED = 40, 15
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Parts):
     """Seconds of a step, by part; communication is what no computation hides."""
 
     compute: float = 0.0
@@ -42,16 +43,6 @@ class StepTime:
     bubble: float = 0.0
     """Ranks of a pipeline that wait for others."""
     optimizer: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """The step."""
-        return sum(self.parts.values())
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """By name."""
-        return vars(self)
 
 
 def predict_step_time(run: RunFacts, arrangement: Arrangement, device: Device) -> StepTime:

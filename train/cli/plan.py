@@ -90,13 +90,12 @@ def _show(name: str, made: "Plan") -> None:
     if not best.fits:
         print("this layout doesn't fit: leave out --layout given for one that does")
     print(
-        f"memory  {memory.total / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on a device: "
-        f"{_parts({part: f'{size / 1e9:.1f}' for part, size in memory.parts.items() if size / 1e9 >= 0.05})}"
+        f"memory  {memory.total / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on a device: {memory.in_gb}"
     )
-    print(
-        f"step    {format_seconds(time.total)}: "
-        f"{_parts({part: format_seconds(took) for part, took in time.parts.items() if took >= time.total / 1000})}"
+    took = (
+        f"{name} {format_seconds(part)}" for name, part in time.parts.items() if part >= time.total / 1000
     )
+    print(f"step    {format_seconds(time.total)}: {', '.join(took)}")
     print(
         f"speed   {best.tokens_per_second:,.0f} tokens/s, {best.tokens_per_second_per_device:,.0f} a device, "
         f"{best.utilization:.1%} of the peak (MFU)"
@@ -105,10 +104,6 @@ def _show(name: str, made: "Plan") -> None:
     if made.rivals:
         print(f"\nNext best of {made.weighed} that were weighed")
         console().print(_rivals(made))
-
-
-def _parts(written: dict[str, str]) -> str:
-    return ", ".join(f"{part} {value}" for part, value in written.items())
 
 
 def _show_training(training: "Training") -> None:

@@ -1,7 +1,6 @@
 """The peak of a rank's memory in real steps on this CPU, by tracking what its allocator hands out."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,32 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.stream import Batch
 from model.config import known
-from parallel.config import CompileConfig
-from parallel.engine import EngineConfig
 from parallel.gradients import local
 from parallel.mesh import Mesh
 from parallel.planner.facts import Arrangement, RunFacts
+from parallel.planner.simulate import engine_config
 from parallel.simulate import simulated_rank
 from parallel.torch_engine import TorchEngine
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """A rank's share of a global batch."""
-
-    inputs: dict[str, Tensor]
-    targets: Tensor
-
-    def micro_batches(self, size: int) -> Any:
-        """Successive cuts."""
-        for start in range(0, len(self.targets), size):
-            inputs = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
-            yield Sequences(inputs, self.targets[start : start + size])
-
-    def to(self, device: torch.device) -> "Sequences":
-        """It is there."""
-        return self
+def batch_of(tokens: Tensor) -> Batch:
+    """Of a rank, (B, T), which are their own targets."""
+    return Batch({"tokens": tokens}, tokens, torch.arange(len(tokens)))
 
 
 def measured_peak(run: RunFacts, arrangement: Arrangement, rank: int = 0) -> int:
@@ -53,7 +39,7 @@ def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
     engine = engine_for(run, arrangement)
     sequences = run.global_batch_size // arrangement.layout.data_size
     tokens = torch.zeros(sequences, run.seq_len, dtype=torch.int64)
-    batch = Sequences({"tokens": tokens}, tokens)
+    batch = batch_of(tokens)
 
     def step() -> None:
         engine.forward_backward(batch, 0)
@@ -117,30 +103,20 @@ def counted_here(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[s
     sequences = run.global_batch_size // arrangement.layout.data_size
     tokens = torch.randint(0, known(run.model.vocab_size), (sequences, run.seq_len))
     with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
-        engine.forward_backward(Sequences({"tokens": tokens}, tokens), 0)
+        engine.forward_backward(batch_of(tokens), 0)
         engine.step(0.0)
     return flops.get_total_flops(), dict(counter.bytes)
 
 
 def engine_for(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
     """The engine that is measured, in a group of as many as the layout has."""
-    config = EngineConfig(
-        run.model,
-        arrangement.parallel,
-        run.precision,
-        arrangement.activation_checkpoint,
-        CompileConfig(),
-        arrangement.micro_batch_size,
-        run.global_batch_size,
-        run.seq_len,
-        max_grad_norm=1.0,
-        seed=0,
-    )
 
     def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), fused=True)
 
-    return TorchEngine(config, Mesh(arrangement.layout, "cpu"), torch.device("cpu"), make_optimizer)
+    return TorchEngine(
+        engine_config(run, arrangement), Mesh(arrangement.layout, "cpu"), torch.device("cpu"), make_optimizer
+    )
 
 
 def _bytes_of(engine: TorchEngine) -> int:
