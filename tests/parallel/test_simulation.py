@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.count import parameter_count
 from parallel.apply import build_shards
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.fit import check_fit
 from parallel.gradients import local
 from parallel.layout import Layout, resolve_layout
@@ -133,7 +133,7 @@ def check_rank(rank: int, sizes: Sizes) -> None:
         check_fit(layout, parallel, preset(), preset().max_seq_len)
         mesh = Mesh(layout, "cpu")
         check_places(mesh, rank, sizes)
-        context = Context(mesh.cp) if layout.cp > 1 else None
+        context = context_of(parallel, mesh)
         plain = ActivationCheckpointConfig(), CompileConfig()
         built = build_shards(preset(), parallel, "bf16", *plain, mesh, context, (1, 8192))
         (model,) = built.models
