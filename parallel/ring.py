@@ -198,8 +198,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    has_bias = ctx.saved_tensors[5] is not None
-    *of_parts, of_bias = _attend_in_ring_backward(grad, *ctx.saved_tensors, *ctx.told)
+    out, log_sums, *inputs = ctx.saved_tensors  # to be asked for once, where they are recomputed
+    has_bias = inputs[3] is not None
+    *of_parts, of_bias = _attend_in_ring_backward(grad, out, log_sums, *inputs, *ctx.told)
     told = None, None, None, None, None, None  # documents, padding, seed, attention, dropout, group
     return *of_parts, of_bias.to(grad.dtype) if has_bias else None, *told
 

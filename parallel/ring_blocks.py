@@ -91,7 +91,7 @@ class Scoring:
 def attend_block(
     query: Tensor, key: Tensor, value: Tensor, block: Block, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """query (B, H, t, E), key (B, K, s, E), value (B, K, s, W) -> (B, H, t, W) and log-sums (B, H, t), of these keys."""
+    """query (B, H, t, E), key (B, K, s, E), value (B, K, s, W) -> (B, H, t, W), log-sums (B, H, t), of these keys."""
     if _has_kernel(query, key, block, scoring):
         return _kernel(query, key, value, is_causal=block.sight == "causal")
     scores, _ = _scores(query, key, block, scoring)
