@@ -202,9 +202,10 @@ def _check_ring(cp: int, attention: AttentionConfig, seq_len: int) -> None:
             "model.attention.kernel=auto, or parallel.cp_method=heads"
         )
     if seq_len % (2 * cp):
+        nearest = _nearest(cp, lambda ranks: seq_len % (2 * ranks) == 0)
         raise LayoutError(
             f"parallel.cp={cp} with parallel.cp_method=ring gives each rank two runs of a sequence, and {seq_len} "
-            f"tokens are no {2 * cp} equal runs: use parallel.cp={_nearest(cp, lambda ranks: seq_len % (2 * ranks) == 0)}"
+            f"tokens are no {2 * cp} equal runs: use parallel.cp={nearest}"
         )
 
 

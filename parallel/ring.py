@@ -6,6 +6,7 @@ sequence, n ranks, H heads, K kv heads, Q width of queries and keys, E of values
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ _attend_in_ring_backward = torch.library.custom_op(
     "trireme::ring_attention_backward", backward, mutates_args=()
 )
 
-OPERATORS = {
+OPERATORS: dict[Any, Callable[..., Any]] = {
     torch.ops.trireme.ring_attention.default: forward,
     torch.ops.trireme.ring_attention_backward.default: backward,
 }
@@ -178,7 +179,8 @@ OPERATORS = {
 @attend_in_ring.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *told: Any) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    batch, heads, length, _ = query.shape
+    out = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
     return out, query.new_empty(query.shape[:-1], dtype=wide)
 
 

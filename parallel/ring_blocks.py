@@ -161,7 +161,9 @@ class Merged:
 
     def __init__(self, query: Tensor, width: int) -> None:
         wide = torch.promote_types(query.dtype, torch.float32)
-        self.out = query.new_zeros((*query.shape[:-1], width), dtype=wide)
+        batch, heads, length, _ = query.shape
+        # in the order in which heads are put together again
+        self.out = query.new_zeros((batch, length, heads, width), dtype=wide).transpose(1, 2)
         self.log_sums = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
 
     def add(self, queries: slice, out: Tensor, log_sums: Tensor) -> None:

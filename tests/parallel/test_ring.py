@@ -1,4 +1,4 @@
-"""Ring attention: blocks put together are attention, work is even, and documents, padding and dropout are as they were."""
+"""Ring attention: blocks put together are attention, with every mask, bias and dropout, and work is even."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
