@@ -67,6 +67,11 @@ def wrong_rope_offset() -> Any:
     return patch("model.transformer._runs", from_zero)
 
 
+def unscaled_sums() -> Any:
+    """What a ring's blocks make is added up as it is, not by the blocks' shares of all scores."""
+    return patch("parallel.ring_blocks._share", lambda log_sums, of: torch.ones_like(log_sums).unsqueeze(-1))
+
+
 def swapped_batch() -> Any:
     """The last data rank is given two batches in the other order."""
     share = Batches.share

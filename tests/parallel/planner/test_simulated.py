@@ -156,7 +156,7 @@ def test_keys_and_values_go_round_and_their_gradients_after_them() -> None:
     assert sent.bytes == passes * (2 * 64 * 4 * 16) * (2 + 2 + 4)
 
 
-@pytest.mark.parametrize("again", ["none", "selective", "full"])
+@pytest.mark.parametrize("again", ["selective", "full"])
 def test_a_ring_does_the_work_of_heads(again: str) -> None:
     """The same products, and as much attention on every rank."""
     run = run_of(LLAMA, sequences=8)
