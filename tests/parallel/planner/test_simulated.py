@@ -51,6 +51,8 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
         {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "data.global_batch_size": 256},
     ),
     ("7b", 256, 0, {"parallel.reshard_after_forward": False, "data.global_batch_size": 256}),
+    ("moe-8x1b", 64, 0, {"activation_checkpoint.mode": "none"}),
+    ("moe-8x1b", 64, 0, {"parallel.ep": 2}),
     ("moe-8x1b", 64, 0, {"parallel.ep": 8, "activation_checkpoint.mode": "none"}),
     (
         "moe-8x1b",
