@@ -68,7 +68,9 @@ def shard(
 
     def shard_over(over: DeviceMesh, module: nn.Module, reshard: bool | None = None) -> FSDPModule:
         def placement(parameter: nn.Parameter) -> Shard | None:
-            return Shard(expert_shard_dim(parameter.shape, over.shape[-1])) if parameter in of_experts else None
+            return (
+                Shard(expert_shard_dim(parameter.shape, over.shape[-1])) if parameter in of_experts else None
+            )
 
         return fully_shard(
             module,

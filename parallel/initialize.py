@@ -38,9 +38,7 @@ def initialize_shards(model: nn.Module, config: BaseModelConfig, cuts: Cuts, mes
         (first, *column), (count, *width) = offset[-2:], shape[-2:]
         for above, matrix in _matrices(whole, offset[0]):
             start = above + first
-            rows = initial_rows(
-                name, weights[name], tuple(whole.shape), config, seed, start, start + count
-            )
+            rows = initial_rows(name, weights[name], tuple(whole.shape), config, seed, start, start + count)
             matrix.copy_(rows.narrow(1, *column, *width) if column else rows)
     for buffer in model.buffers():
         buffer.zero_()

@@ -10,12 +10,13 @@ from model.config import ModelConfig
 from model.initialize import initialize
 from model.weights import declared_weights
 from parallel.apply import lay_out
-from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.cut import DIM
 from parallel.gradients import local
 from parallel.layout import resolve_layout
 from parallel.mesh import Mesh
 from parallel.simulate import simulated_rank
+from tests.parallel.parity import engine_config
 
 
 def part(tensor: Tensor, dim: int, place: int, ranks: int) -> Tensor:
@@ -29,8 +30,7 @@ def shards_of(config: ModelConfig, rank: int, tp: int, fsdp: int) -> dict[str, T
     with simulated_rank(rank, tp * fsdp):
         parallel = ParallelConfig(tp=tp)
         mesh = Mesh(resolve_layout(parallel, tp * fsdp), "cpu")
-        plain = ActivationCheckpointConfig(), CompileConfig()
-        (model,) = lay_out(config, parallel, "fp32", *plain, mesh, None, seed=5, micro_batch=(1, 8)).models
+        (model,) = lay_out(engine_config(config, parallel, seed=5), mesh, None).models
         return {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
