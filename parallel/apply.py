@@ -9,6 +9,7 @@ from model.model import Model
 from parallel.activation_budget import Budgeted, budgeted
 from parallel.activation_checkpoint import checkpoint_activations, recompute_by_name
 from parallel.activation_memory import measure
+from parallel.async_tp import use_async_tp
 from parallel.build import Blueprint
 from parallel.context import Context
 from parallel.cut import Cut
@@ -63,7 +64,7 @@ def build_shards(config: EngineConfig, mesh: Mesh, context: Context | None) -> L
     laid_out = LaidOut([], [], {}, by_budget)
     for stage in blueprint.stages:
         built = blueprint.build(stage, master_dtype(precision))
-        prepare_layers(built.model, config, by_budget)
+        prepare_layers(built.model, config, by_budget, mesh)
         laid_out.roots.append(shard(built.model.layers, built.root, mesh, parallel, precision))
         laid_out.models.append(built.model)
         laid_out.cuts.update(built.cuts)
@@ -82,13 +83,18 @@ def by_memory(blueprint: Blueprint, config: EngineConfig) -> Budgeted | None:
     return budgeted(measure(blueprint, COMPUTE_DTYPE[config.precision], shape), budget)
 
 
-def prepare_layers(model: Model, config: EngineConfig, by_budget: Budgeted | None) -> None:
-    """Let layers recompute, then compile them, in place."""
+def prepare_layers(model: Model, config: EngineConfig, by_budget: Budgeted | None, mesh: Mesh) -> None:
+    """Let layers recompute, then compile them, in place.
+
+    Raises LayoutError where collectives can't be made during products, and are asked for so.
+    """
     by_name = recompute_by_name(config.activation_checkpoint) if by_budget is None else by_budget.recompute
     checkpoint_activations(model, by_name)
     if config.compile.enabled:
         # a block that comes in too many kinds would otherwise go on uncompiled
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        if config.parallel.async_tp:
+            use_async_tp(mesh)
         for layer in model.layers:
             layer.compile()
 

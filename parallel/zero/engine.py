@@ -67,7 +67,7 @@ class DeepSpeedEngine(Engine):
         self.budgeted = by_memory(blueprint, config)
         built = blueprint.build(0, torch.float32)
         self.cuts, self.model = built.cuts, built.model
-        prepare_layers(built.model, config, self.budgeted)
+        prepare_layers(built.model, config, self.budgeted, mesh)
         initial = initial_values(built.model, config.model, built.cuts, mesh, config.seed)
         materialize(built.model, initial, dtype, device, settings if self.stage == 3 else None)
         self.parameters = dict(built.model.named_parameters())
