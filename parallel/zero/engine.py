@@ -172,7 +172,7 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
-        """What the ranks have of every parameter's weights or optimizer state, by rows as the torch engine has it."""
+        """What the ranks have of every parameter's weights or optimizer state, by rows."""
         return {name: self._whole(name, parameter, key) for name, parameter in self.parameters.items()}
 
     def _whole(self, name: str, parameter: nn.Parameter, key: str) -> DTensor:
