@@ -5,7 +5,7 @@ from collections.abc import Callable
 from model.attention_config import AttentionConfig
 from model.config import BaseModelConfig, ModelConfig, known
 from model.encoder_decoder.config import EncoderDecoderConfig
-from parallel.config import ParallelConfig, Precision, RecomputeMode
+from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.sizes import format_bytes
@@ -114,6 +114,45 @@ def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
             f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of precision=fp8 can't "
             f"be: use parallel.pp_schedule=interleaved_1f1b, or precision=bf16"
         )
+
+
+def check_async_tp(
+    layout: Layout,
+    parallel: ParallelConfig,
+    compilation: CompileConfig,
+    precision: Precision,
+    model: BaseModelConfig,
+    seq_len: int,
+) -> None:
+    """Raises LayoutError where the compiler would find no product beside a collective that it knows."""
+    if not parallel.async_tp:
+        return
+    checks: tuple[tuple[bool, str, str], ...] = (
+        (not compilation.enabled, "the compiler does it, and compile.enabled=false", "compile.enabled=true"),
+        (parallel.engine == "deepspeed", "it is of parallel.engine=torch", "that"),
+        (precision == "fp8", "precision=fp8 has products of its own", "precision=bf16"),
+        (
+            seq_len % layout.tp != 0,
+            f"parallel.tp={layout.tp} doesn't divide sequences of {seq_len} tokens, which are padded then",
+            f"parallel.tp={_nearest(layout.tp, lambda tp: seq_len % tp == 0)}",
+        ),
+        *(
+            (
+                biased,
+                f"model.{section}.bias=true has sums that are made with the products",
+                f"model.{section}.bias=false",
+            )
+            for section, biased in _biases(model)
+        ),
+    )
+    for refused, why, works in checks:
+        if refused:
+            raise LayoutError(f"parallel.async_tp=true: {why}: use {works}, or parallel.async_tp=false")
+
+
+def _biases(model: BaseModelConfig) -> list[tuple[str, bool]]:
+    """Whether the linear layers of blocks have biases, by their section."""
+    return [(name, bool(getattr(getattr(model, name, None), "bias", False))) for name in ("attention", "ffn")]
 
 
 def check_recomputation(layout: Layout, parallel: ParallelConfig, mode: RecomputeMode) -> None:

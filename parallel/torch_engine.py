@@ -62,23 +62,13 @@ class TorchEngine(Engine):
             name: holders(cast(DTensor, parameter), self.cuts[name], mesh)
             for name, parameter in self.parameters.items()
         }
-        self.optimizer = make_optimizer(self.model)
+        self.optimizer = make_optimizer(self.model, config.model)
         # where gradients are: with offload, on the host
         gradient_device = torch.device("cpu") if parallel.cpu_offload else device
         self.loss_scale = LossScale(gradient_device, enabled=precision == "fp16")
 
     def _lay_out(self, config: EngineConfig, context: Context | None) -> LaidOut:
-        return lay_out(
-            config.model,
-            config.parallel,
-            config.precision,
-            config.activation_checkpoint,
-            config.compile,
-            self.mesh,
-            context,
-            config.seed,
-            micro_batch=(config.micro_batch_size, config.seq_len),
-        )
+        return lay_out(config, self.mesh, context)
 
     def _share_parameters(self) -> SharedParameters:
         return SharedParameters(self.parameters, self.mesh.pp)

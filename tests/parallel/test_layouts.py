@@ -14,6 +14,7 @@ PLAIN = {"sequence_parallel": False}
 RECOMPUTED = {"activation_checkpoint": {"mode": "full"}}
 RING = {"cp_method": "ring"}
 SELECTIVE = {"activation_checkpoint": {"mode": "selective"}}
+TWO_EXPERTS = {"moe": MOE | {"num_experts": 2}, "ffn": {"bias": True}}
 BIASES = {"attention": {"bias": True, "qk_norm": True}, "ffn": {"bias": True}}
 
 ENCODER_DECODER = {"type": "encoder_decoder", "num_encoder_layers": 3, "positional": {"encoding": "relative"}}
@@ -93,6 +94,9 @@ CASES: list[Case] = [
     ({"dp_shard": 2, "ep": 2}, 4, SELECTIVE, {"moe": BIASED}),
     ({"dp_shard": 2, "dp_replicate": 2, "ep": 2}, 2, {}, {"moe": LAST_LAYER}),
     ({"dp_shard": 2, "tp": 2, "ep": 2}, 4, budget("60kB"), {"moe": LAST_LAYER}),
+    ({"dp_shard": 4}, 2, RECOMPUTED, TWO_EXPERTS),
+    ({"dp_shard": 4}, 1, {}, {"moe": BIASED | {"num_experts": 3}}),
+    ({"dp_shard": 4, "ep": 2}, 2, SELECTIVE, TWO_EXPERTS),
     ({"dp_shard": 2, "cp": 2, "ep": 4}, 4, {}, {"moe": MOE | {"num_experts": 8}}),
     ({"pp": 2}, 2, {"pp_schedule": "gpipe"}, {"positional": {"encoding": "relative"}}),
     ({"pp": 2}, 2, RECOMPUTED, {"moe": MOE, "tie_embeddings": False}),
@@ -143,6 +147,8 @@ MORE_CASES: list[Case] = [
     ({"cp": 2, "dp_replicate": 2}, 2, {}, {}),
     ({"dp_shard": 2, "tp": 2, "ep": 2}, 1, PLAIN, {"moe": MOE} | UNTIED),
     ({"pp": 2, "dp_shard": 2}, 1, RECOMPUTED, UNTIED),
+    ({"pp": 2, "dp_shard": 4}, 1, {}, TWO_EXPERTS),
+    ({"dp_replicate": 2, "dp_shard": 4}, 1, {"cpu_offload": True}, TWO_EXPERTS),
     ({"pp": 2, "tp": 2}, 1, PLAIN, {"moe": MOE} | UNTIED),
     ({"pp": 4}, 1, {"pp_schedule": "gpipe"}, {"num_layers": 4} | UNTIED),
     ({"pp": 2, "dp_shard": 2}, 1, {"pp_schedule": "interleaved_1f1b"}, {"num_layers": 4, "moe": MOE}),

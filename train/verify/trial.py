@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 
@@ -106,8 +107,7 @@ def run_reference(experiment: Experiment) -> Curve:
     settings, dtype = experiment.optimizer, COMPUTE_DTYPE[experiment.precision]
     model = build_model(experiment.model).to(master_dtype(experiment.precision))
     initialize(model, experiment.model, experiment.seed)
-    width = experiment.model.width_multiplier
-    loss_sum, optimizer = _LossSum(model), make_optimizer(model, settings, width)
+    loss_sum, optimizer = _LossSum(model), make_optimizer(model, experiment.model, settings)
     save_file(loss_sum.state_dict(), experiment.folder / INITIAL)
     curve = Curve([], [])
     for step in range(experiment.steps):
@@ -188,13 +188,8 @@ def engine_of(experiment: Experiment, arrangement: Arrangement, seed: int) -> En
         max_grad_norm=experiment.optimizer.max_grad_norm,
         seed=seed,
     )
-    settings, width = experiment.optimizer, experiment.model.width_multiplier
-    return make_engine(
-        config,
-        arrangement.layout,
-        torch.device("cpu"),
-        lambda model: make_optimizer(model, settings, width),
-    )
+    make = partial(make_optimizer, config=experiment.optimizer)
+    return make_engine(config, arrangement.layout, torch.device("cpu"), make)
 
 
 def _recomputation(experiment: Experiment, arrangement: Arrangement) -> ActivationCheckpointConfig:

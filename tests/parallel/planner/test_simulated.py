@@ -1,10 +1,9 @@
 """What the planner works out is what a simulated rank of the real job does: memory, FLOPs, bytes per collective."""
 
+from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 from typer.testing import CliRunner
 
 from model.count import flops_per_token
@@ -16,6 +15,7 @@ from parallel.planner.simulate import Simulated, simulate
 from tests.parallel.planner.cases import GPT, LLAMA, MOE, arranged, run_of
 from tests.parallel.planner.measured import measured_peak
 from train.cli import app
+from train.config import OptimizerConfig
 from train.config_file import load_config
 from train.optimizer import make_optimizer
 
@@ -53,6 +53,8 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
         {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "data.global_batch_size": 256},
     ),
     ("7b", 256, 0, {"parallel.reshard_after_forward": False, "data.global_batch_size": 256}),
+    ("moe-8x1b", 64, 0, {"activation_checkpoint.mode": "none"}),
+    ("moe-8x1b", 64, 0, {"parallel.ep": 2}),
     ("moe-8x1b", 64, 0, {"parallel.ep": 8, "activation_checkpoint.mode": "none"}),
     (
         "moe-8x1b",
@@ -72,12 +74,8 @@ def of_preset(name: str, ranks: int, overrides: dict[str, Any]) -> tuple[RunFact
     return run, Arrangement(parallel, config.data.micro_batch_size, config.activation_checkpoint)
 
 
-def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return make_optimizer(model, load_config("1b", ["run.steps=1", "data.path=unused"]).config.optimizer)
-
-
 def simulated(run: RunFacts, arrangement: Arrangement, place: int = 0) -> Simulated:
-    return simulate(run, arrangement, place, optimizer)
+    return simulate(run, arrangement, place, partial(make_optimizer, config=OptimizerConfig()))
 
 
 def check(comparison: Comparison) -> None:
