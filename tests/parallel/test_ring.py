@@ -266,7 +266,7 @@ def reference(changes: dict[str, Any]) -> tuple[list[float], list[float]]:
     config = ModelConfig.model_validate(merged(SMALL, changes))
     model = build_model(config).double()
     initialize(model, config, seed=3)
-    adam, losses, norms = optimizer(model), [], []
+    adam, losses, norms = optimizer(model, config), [], []
     for step in range(STEPS):
         batch = batch_of(step)
         _, loss = model(**batch.inputs, targets=batch.targets)
