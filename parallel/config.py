@@ -9,6 +9,7 @@ from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.config import DeepSpeedConfig
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64", "fp8"]
+ContextMethod = Literal["heads", "ring"]
 RecomputeMode = Literal["none", "selective", "full", "every_nth", "auto"]
 
 
@@ -33,6 +34,9 @@ class ParallelConfig(BaseModel):
     """interleaved schedules: stages of consecutive layers that a rank has. Unset: 2, and 1 for gpipe and 1f1b."""
     cp: int = Field(1, ge=1)
     """Ranks among which the tokens of every sequence are shared out."""
+    cp_method: ContextMethod = "heads"
+    """How tokens of different ranks meet in attention. heads: each rank gets all tokens of some of the heads. ring:
+    keys and values go from rank to rank, so that ranks may be more than heads."""
     tp: int = Field(1, ge=1)
     """Ranks among which every layer's heads and features, and the vocabulary, are shared out."""
     sequence_parallel: bool = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from model.attention_config import AttentionConfig
 from model.config import BaseModelConfig, ModelConfig, known
 from model.encoder_decoder.config import EncoderDecoderConfig
 from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
@@ -33,7 +34,7 @@ def check_fit(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
     if layout.tp > 1:
         _check_tensor(layout.tp, model)
     if layout.cp > 1:
-        _check_context(layout, model, seq_len)
+        _check_context(layout, parallel, model, seq_len)
     if layout.ep > 1:
         _check_experts(layout.ep, model)
 
@@ -215,13 +216,40 @@ def _check_tensor(tp: int, model: ModelConfig) -> None:
             )
 
 
-def _check_context(layout: Layout, model: ModelConfig, seq_len: int) -> None:
+def _check_context(layout: Layout, parallel: ParallelConfig, model: ModelConfig, seq_len: int) -> None:
     cp = layout.cp
     if model.type not in SPLITS_SEQUENCES:
         raise LayoutError(
             f"parallel.cp={cp}: a model of type {model.type} can't work on a part of a sequence: use parallel.cp=1, "
             f"and parallel.tp for long sequences"
         )
+    if parallel.cp_method == "ring":
+        _check_ring(cp, model.attention, seq_len)
+    else:
+        _check_heads(layout, model, seq_len)
+
+
+def _check_ring(cp: int, attention: AttentionConfig, seq_len: int) -> None:
+    if attention.variant == "linear":
+        raise LayoutError(
+            "parallel.cp_method=ring puts softmaxes over parts of the keys together, and "
+            "model.attention.variant=linear has none: use parallel.cp_method=heads"
+        )
+    if attention.kernel == "flex":
+        raise LayoutError(
+            "parallel.cp_method=ring goes block by block, which model.attention.kernel=flex can't: use "
+            "model.attention.kernel=auto, or parallel.cp_method=heads"
+        )
+    if seq_len % (2 * cp):
+        nearest = _nearest(cp, lambda ranks: seq_len % (2 * ranks) == 0)
+        raise LayoutError(
+            f"parallel.cp={cp} with parallel.cp_method=ring gives each rank two runs of a sequence, and {seq_len} "
+            f"tokens are no {2 * cp} equal runs: use parallel.cp={nearest}"
+        )
+
+
+def _check_heads(layout: Layout, model: ModelConfig, seq_len: int) -> None:
+    cp = layout.cp
     heads = model.attention.num_heads // layout.tp
     kv_heads = max(1, known(model.attention.num_kv_heads) // layout.tp)
 
@@ -229,9 +257,11 @@ def _check_context(layout: Layout, model: ModelConfig, seq_len: int) -> None:
         return heads % ranks == 0 and _shares(kv_heads, ranks)
 
     if not heads_fit(cp):
+        goes_round = model.attention.variant != "linear" and seq_len % (2 * cp) == 0
+        ring = ", or parallel.cp_method=ring" if goes_round else ""
         raise LayoutError(
             f"parallel.cp={cp} can't share out the {heads} heads and {kv_heads} kv heads that model.attention has on "
-            f"each rank (parallel.tp={layout.tp}): use parallel.cp={_nearest(cp, heads_fit)}"
+            f"each rank (parallel.tp={layout.tp}): use parallel.cp={_nearest(cp, heads_fit)}{ring}"
         )
     if seq_len % cp:
         raise LayoutError(

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import LaidOut, lay_out
-from parallel.context import Context
+from parallel.context import Context, context_of
 from parallel.cut import holders, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.fp8 import check_device
@@ -41,7 +41,7 @@ class TorchEngine(Engine):
         self.seed = config.seed
         self.mesh = mesh
         self.max_grad_norm = config.max_grad_norm
-        context = Context(mesh.cp) if mesh.layout.cp > 1 else None
+        context = context_of(config.parallel, mesh)
         laid_out = self._lay_out(config, context)
         self.cuts = laid_out.cuts
         self.budgeted = laid_out.budgeted

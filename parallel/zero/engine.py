@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.model import Model
 from parallel.apply import by_memory, check_blocks, prepare_layers
 from parallel.build import Blueprint
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.cut import strides, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.errors import LayoutError
@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
             raise LayoutError(
                 "precision=fp16: DeepSpeed has none on a CPU: use precision=bf16, or parallel.engine=torch"
             )
-        context = Context(mesh.cp) if mesh.layout.cp > 1 else None
+        context = context_of(config.parallel, mesh)
         dtype = COMPUTE_DTYPE[config.precision]
         check_blocks(config)
         blueprint = Blueprint(config.model, config.parallel, mesh, context)

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.count import parameter_count
 from parallel.apply import build_shards
 from parallel.config import ParallelConfig
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.fit import check_fit
 from parallel.gradients import local
 from parallel.layout import Layout, resolve_layout
@@ -134,9 +134,8 @@ def check_rank(rank: int, sizes: Sizes) -> None:
         check_fit(layout, parallel, preset(), preset().max_seq_len)
         mesh = Mesh(layout, "cpu")
         check_places(mesh, rank, sizes)
-        context = Context(mesh.cp) if layout.cp > 1 else None
         config = engine_config(preset(), parallel, precision="bf16", seq_len=preset().max_seq_len)
-        built = build_shards(config, mesh, context)
+        built = build_shards(config, mesh, context_of(parallel, mesh))
         (model,) = built.models
         assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated"
         shapes = {name: tuple(local(parameter).shape) for name, parameter in model.named_parameters()}

@@ -180,6 +180,10 @@ def _variants(sizes: dict[str, int], model: BaseModelConfig) -> Iterator[str]:
         yield "activation_checkpoint=selective"
     if sizes == {"tp": 2}:
         yield "compile=true"
+    if "cp" in sizes:
+        yield "cp_method=ring"
+    if sizes.keys() == {"cp"}:
+        yield "cp_method=ring,activation_checkpoint=full"
     if sizes.keys() == {"pp"}:
         for schedule in get_args(Schedule):
             # two stages a rank are tried where there are the layers for it

@@ -25,7 +25,7 @@ from parallel.activation_budget import total
 from parallel.activation_memory import measure
 from parallel.build import Blueprint
 from parallel.config import ActivationCheckpointConfig, CompileConfig, Precision
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.engine import Engine, EngineConfig
 from parallel.engines import make_engine
 from parallel.errors import LayoutError
@@ -198,7 +198,7 @@ def _recomputation(experiment: Experiment, arrangement: Arrangement) -> Activati
     if mode != "auto":
         return ActivationCheckpointConfig(mode=mode)
     mesh = mesh_of(arrangement.layout, "cpu")
-    context = Context(mesh.cp) if arrangement.cp > 1 else None
+    context = context_of(arrangement, mesh)
     micro_batch = arrangement.micro_batch(experiment.global_batch_size), experiment.model.max_seq_len
     blueprint = Blueprint(experiment.model, arrangement, mesh, context)
     kept = measure(blueprint, COMPUTE_DTYPE[experiment.precision], micro_batch)

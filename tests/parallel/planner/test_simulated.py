@@ -42,6 +42,8 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("1b", 256, 0, {"parallel.tp": 4, "parallel.sequence_parallel": False}),
     ("1b", 256, 0, {"parallel.cp": 8, "activation_checkpoint.mode": "none"}),
     ("1b", 512, 0, {"parallel.tp": 4, "parallel.cp": 2, "activation_checkpoint.mode": "every_nth"}),
+    ("1b", 256, 0, {"parallel.cp": 8, "parallel.cp_method": "ring", "activation_checkpoint.mode": "none"}),
+    ("1b", 512, 0, {"parallel.tp": 4, "parallel.cp": 4, "parallel.cp_method": "ring"}),
     ("1b", 64, 0, {"parallel.pp": 4, "parallel.tp": 2}),
     ("1b", 64, 3, {"parallel.pp": 4, "parallel.tp": 2}),
     (
@@ -141,6 +143,27 @@ def test_collectives_are_counted_by_kind_and_dimension() -> None:
     assert traffic["all_gather", "dp_shard"].count == 2 * (4 * 2 + 1)
     assert traffic["reduce_scatter", "dp_shard"].count == 2 * (4 + 1)
     assert not {dimension for _, dimension in traffic} & {"tp", "pp", "ep", "dp_replicate"}
+
+
+def test_keys_and_values_go_round_and_their_gradients_after_them() -> None:
+    """Of 4 kv heads of 16 numbers, a quarter of 256 places; gradients are in fp32. More ranks than heads can be."""
+    run, arrangement = run_of(LLAMA, sequences=8), arranged(2, dp_shard=2, cp=4, cp_method="ring")
+    sent = simulated(run, arrangement).traffic["send", "cp"]
+    passes = 2 * 4 * 2 * 3  # micro-batches, layers, of keys and of values, to three ranks
+    assert sent.count == passes * 3
+    assert sent.bytes == passes * (2 * 64 * 4 * 16) * (2 + 2 + 4)
+
+
+@pytest.mark.parametrize("again", ["selective", "full"])
+def test_a_ring_does_the_work_of_heads(again: str) -> None:
+    """The same products, and as much attention on every rank."""
+    run = run_of(LLAMA, sequences=8)
+    ring, heads = (
+        simulated(run, arranged(2, again, dp_shard=2, cp=4, cp_method=method)) for method in ("ring", "heads")
+    )
+    assert ring.matmul == heads.matmul
+    assert ring.attention == pytest.approx(heads.attention, rel=1e-9)
+    assert not any(kind == "all_to_all" for kind, _ in ring.traffic)
 
 
 def test_activations_are_sent_between_stages() -> None:
