@@ -234,6 +234,7 @@ def _make_hooks(
 
     return Hooks(
         save,
+        before_update=saver.wait_for_copy,
         evaluate=lambda: validation_loss(engine, config),
         sample=sample,
         record=record.write,
