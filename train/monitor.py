@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -81,7 +82,11 @@ def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
 
 
 class JsonLines(Lines):
-    """metrics.jsonl: an object a step."""
+    """metrics.jsonl: an object a step; there from the start."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.file = FileIO(path, "ab")
 
     def step(self, metrics: Metrics) -> None:
         """Append a line."""

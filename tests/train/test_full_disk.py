@@ -169,6 +169,8 @@ def metrics_of(step: int) -> Metrics:
 
 def test_metrics_are_written_once_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
+    assert lines.file is not None
+    lines.file.close()
     disk = lines.file = SmallDisk()  # type: ignore[assignment]
     for step in range(1, 7):
         if step == 6:
