@@ -146,7 +146,7 @@ def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
 
 def _possible(run: RunFacts, layout: Layout) -> bool:
     try:
-        check_fit(layout, _parallel(layout), run.model, run.seq_len)
+        check_fit(layout, _parallel(run, layout), run.model, run.seq_len)
     except LayoutError:
         return False
     return True
@@ -159,12 +159,13 @@ def _expert_sizes(run: RunFacts, layout: Layout) -> list[int]:
 
 
 def _parallel(
-    layout: Layout, schedule: Schedule = "1f1b", stages: int = 1, reshard: bool = True
+    run: RunFacts, layout: Layout, schedule: Schedule = "1f1b", stages: int = 1, reshard: bool = True
 ) -> ParallelConfig:
     return ParallelConfig(
         dp_replicate=layout.dp_replicate,
         dp_shard=layout.dp_shard,
         cp=layout.cp,
+        cp_method=run.cp_method,
         tp=layout.tp,
         pp=layout.pp,
         ep=layout.ep,
@@ -177,11 +178,11 @@ def _parallel(
 def _variants(run: RunFacts, layout: Layout) -> Iterator[ParallelConfig]:
     """The ways to run a mesh, that the model can have."""
     if layout.pp == 1:
-        yield _parallel(layout)
-        yield _parallel(layout, reshard=False)
+        yield _parallel(run, layout)
+        yield _parallel(run, layout, reshard=False)
         return
     for schedule, stages in PIPELINES:
-        parallel = _parallel(layout, schedule, stages)
+        parallel = _parallel(run, layout, schedule, stages)
         try:
             check_fit(layout, parallel, run.model, run.seq_len)
         except LayoutError:

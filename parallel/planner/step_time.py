@@ -95,7 +95,8 @@ def _at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device
 
 
 def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> _AtWork:
-    micro_batches, rate = arrangement.micro_batches(run), matmul_rate(run, arrangement, device)
+    layout, micro_batches = arrangement.layout, arrangement.micro_batches(run)
+    rate = matmul_rate(run, arrangement, device)
     work, traffic = work_of_rank(run, arrangement, rank), traffic_of_work(run, arrangement, rank)
 
     def took(work: Work) -> float:
@@ -105,6 +106,10 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
     compute = forward + took(work.backward)
     elementwise = _moving_seconds(work.total.moved * micro_batches, device)
     exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep", "pp")}
+    if arrangement.in_ring:
+        # while keys are on their way, those before them are at work
+        at_work = Work(attention=work.total.attention * (1 - 1 / layout.cp))
+        exposed["cp"] = max(0.0, exposed["cp"] - took(at_work))
     on_device = compute + recompute + elementwise + sum(exposed.values())
     launch = max(0.0, _launching(run, arrangement, rank, device) * micro_batches - on_device)
     busy = on_device + launch

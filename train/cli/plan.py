@@ -137,6 +137,8 @@ def _described(found: "Estimate") -> str:
         words.append(f"{parallel.pp_schedule}{stages}")
     elif not parallel.reshard_after_forward:
         words.append("weights stay gathered")
+    if arrangement.in_ring:
+        words.append("cp in a ring")
     words.append(f"micro-batches of {arrangement.micro_batch_size}")
     every = f" {again.n}" if again.mode == "every_nth" else ""
     words.append(f"recompute {again.mode}{every}")

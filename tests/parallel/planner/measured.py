@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.stream import Batch
-from model.config import known
+from model.config import BaseModelConfig, known
 from parallel.gradients import local
 from parallel.mesh import Mesh
 from parallel.planner.facts import Arrangement, RunFacts
@@ -111,7 +111,7 @@ def counted_here(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[s
 def engine_for(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
     """The engine that is measured, in a group of as many as the layout has."""
 
-    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    def make_optimizer(model: nn.Module, _: BaseModelConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), fused=True)
 
     return TorchEngine(

@@ -8,7 +8,7 @@ import torch
 from parallel.activation_memory import measure
 from parallel.build import Blueprint
 from parallel.config import Precision
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.mesh import Mesh
 from parallel.planner.activations import kept_of_layer
 from parallel.planner.hardware import load_device
@@ -78,7 +78,7 @@ def test_layers_keep_what_their_twins_keep(model: dict[str, Any], sizes: dict[st
     run, arrangement = run_of(model), arranged(2, **sizes)
     with simulated_rank(0, arrangement.layout.world_size):
         mesh = Mesh(arrangement.layout, "cpu")
-        context = Context(mesh.cp) if arrangement.layout.cp > 1 else None
+        context = context_of(arrangement.parallel, mesh)
         blueprint = Blueprint(run.model, arrangement.parallel, mesh, context)
         kept = measure(blueprint, torch.bfloat16, (2, run.seq_len))
     for name, measured in kept.items():
