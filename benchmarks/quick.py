@@ -164,6 +164,7 @@ class OurLoop:
             Monitor([self.listener]),
             Hooks(
                 save=lambda step, digest: None,
+                before_update=lambda: None,
                 evaluate=lambda: 0.0,
                 sample=lambda step: None,
                 record=lambda kind, step, sample_ids, **more: None,

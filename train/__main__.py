@@ -20,9 +20,14 @@ def main(arguments: list[str]) -> None:
         with told_in_one_line():
             _train(arguments)
     except SystemExit:
-        if not training_began() and REFUSED_FILE in os.environ:
+        if REFUSED_FILE in os.environ and (not training_began() or _is_last_start()):
             Path(os.environ[REFUSED_FILE]).touch()
         raise
+
+
+def _is_last_start() -> bool:
+    """Whether torchrun starts the ranks no more."""
+    return os.environ["TORCHELASTIC_RESTART_COUNT"] == os.environ["TORCHELASTIC_MAX_RESTARTS"]
 
 
 def _train(arguments: list[str]) -> None:

@@ -102,6 +102,21 @@ def latest(folder: Path, log: logging.Logger) -> Path | None:
     return None
 
 
+def refuse_if_all_damaged(folder: Path) -> None:
+    """Where no checkpoint of a run is good, let it not begin anew by itself, which would remove what can be saved.
+
+    Raises:
+        RunError: there are some.
+    """
+    named = [path for path in folder.iterdir() if step_in_name(path.name) is not None]
+    if named:
+        names = ", ".join(path.name for path in sorted(named, key=step_of))
+        raise RunError(
+            f"{folder}: all checkpoints are damaged ({names}): bring one back from a copy, such as checkpoint.mirror, "
+            f"or move them away to begin anew"
+        )
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None.
 

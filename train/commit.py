@@ -19,10 +19,15 @@ def place(folder: Path, step: int) -> Path:
 
 
 def begin(final: Path) -> Path:
-    """Make the folder to write in, which becomes `final` in the end."""
+    """Make the folder to write in, which becomes `final` in the end.
+
+    Raises:
+        OSError: it can't be made, as where the run's folder is gone.
+    """
     give_up(final)
+    final.parent.mkdir(exist_ok=True)
     aside = _aside(final)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     return aside
 
 

@@ -12,8 +12,11 @@ from slurm.errors import SlurmError
 
 EXIT_USER_ERROR = 2
 REFUSED_FILE = "TRIREME_REFUSED_FILE"
-"""In the environment of ranks: a file that they make where a user's error ends them before training begins. torchrun
-would start them again, and passes no exit code on."""
+"""In the environment of ranks: a file that they make where a user's error ends them before training begins, or in their
+last start. torchrun would start them again, and passes no exit code on."""
+
+FAILED_FILE = "TRIREME_FAILED_FILE"
+"""In the environment of torchrun: a file that gets the process that failed first, by its number on this machine."""
 
 
 class ConfigError(Exception):

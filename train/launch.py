@@ -1,40 +1,27 @@
 """Starting the processes of a run on this machine."""
 
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-
-import psutil
+from collections.abc import Mapping, Sequence
 
 from data.dataset import SPLITS
 from data.shards import check
 from data.shared_memory import clean_stale_shared_memory
 from train import checkpoint_folder, run_folder
 from train.config_file import load_config
-from train.errors import EXIT_USER_ERROR, REFUSED_FILE, ConfigError
+from train.elastic import keep_training
+from train.errors import ConfigError
 from train.resolve import resolve
 from train.run_folder import RunFolder
-from train.stop import (
-    EXIT_INTERRUPTED,
-    EXIT_STOPPED,
-    SIGNALS,
-    die_with_parent,
-    hold_signals,
-    ignore_signals,
-)
-
-_AGAIN_SECONDS = 1.0
+from train.stop import EXIT_STOPPED, hold_signals
+from train.torchrun import Ended, Torchrun
 
 
-def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None:
+def launch(config: str, overrides: Sequence[str], max_restarts: int = 0, elastic: bool = False) -> None:
     """Check everything; then train in this process, or in torchrun's where the layout needs several.
 
     After a failure torchrun, which then starts a single process, too, starts all again, at most `max_restarts` times.
+    elastic: without a process that keeps dying; see `train.elastic`.
 
     Raises:
         ConfigError, RunError, LayoutError, InputError: the user's mistake, before any process is started.
@@ -44,6 +31,10 @@ def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None
         raise ConfigError(
             f"--max-restarts={max_restarts} is for processes that this command starts, but a launcher has started it "
             f"(RANK is set): give --max-restarts={max_restarts} to torchrun instead"
+        )
+    if elastic and not max_restarts:
+        raise ConfigError(
+            "--elastic leaves out a process that keeps dying: it needs --max-restarts=3, or another number"
         )
     loaded = load_config(config, overrides)
     plan = resolve(loaded)
@@ -62,7 +53,16 @@ def launch(config: str, overrides: Sequence[str], max_restarts: int = 0) -> None
 
         work(loaded)
     folder.stopped.unlink(missing_ok=True)
-    code = _run_torchrun(processes, max_restarts, ["-m", "train", config, *overrides])
+    torchrun = Torchrun()
+
+    def start(count: int, settings: Sequence[str], environment: Mapping[str, str]) -> Ended:
+        worker = ["-m", "train", config, *settings]
+        return torchrun.run(count, 0 if elastic else max_restarts, worker, environment)
+
+    if elastic:
+        code = keep_training(start, config, overrides, plan, max_restarts, lambda: bool(torchrun.asked))
+    else:
+        code = start(processes, overrides, {}).code
     sys.exit(EXIT_STOPPED if code == 0 and folder.stopped.exists() else code)
 
 
@@ -73,56 +73,3 @@ def _reached(folder: RunFolder, step: int) -> bool:
         checkpoint_folder.step_of(path) >= step and checkpoint_folder.find_damage(path) is None
         for path in newest
     )
-
-
-def _run_torchrun(processes: int, max_restarts: int, command: Sequence[str]) -> int:
-    """Run the command as a group of processes, pass signals on to them, and wait. Returns the exit code.
-
-    torchrun itself ignores signals: it would end the workers before they have saved.
-    """
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # torchrun tells workers to end only if another failed, and then there is nothing to wait for
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    # a store for each start: in a shared one those who start again find the addresses of the dead
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}"]
-    options.append("--signals-to-handle=SIGQUIT")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *command]
-    sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
-        refused = Path(folder) / "refused"
-        environment = os.environ | {REFUSED_FILE: str(refused)}
-        return _watch(subprocess.Popen(torchrun, preexec_fn=_keep_at_it, env=environment), refused)
-
-
-def _watch(agent: "subprocess.Popen[bytes]", refused: Path) -> int:
-    """Wait for torchrun, pass signals on, and end it where its workers refuse to train, as they would each time."""
-    asked: list[int] = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: asked.append(number))
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            code = agent.wait(_AGAIN_SECONDS)
-            return EXIT_USER_ERROR if refused.exists() else code
-        if refused.exists():
-            agent.kill()  # and its workers with it
-            return EXIT_USER_ERROR
-        if asked.count(signal.SIGINT) > 1:
-            agent.kill()
-            return EXIT_INTERRUPTED
-        if asked:  # again and again: workers that have just been started miss it
-            _ask_to_stop(agent.pid)
-
-
-def _keep_at_it() -> None:
-    """In torchrun, before it starts: go on until the workers end, or the launcher is gone."""
-    ignore_signals()
-    die_with_parent()
-
-
-def _ask_to_stop(agent: int) -> None:
-    """Tell torchrun's workers, each of which is in a session of its own."""
-    for worker in psutil.Process(agent).children():
-        with suppress(psutil.NoSuchProcess):
-            worker.terminate()

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,15 +87,16 @@ class Mirror:
 
     def update(self) -> None:
         """Copy what is missing there, the newest first, and remove what no rule keeps."""
+        there = {step: self._files.cat_file(self._at(step, MANIFEST)) for step in self.steps()}
         damaged: set[Path] = set()
-        while missing := [path for path in self._missing() if path not in damaged]:
-            self.sending = missing[-1]
+        while missing := [path for path in self._missing(there) if path not in damaged]:
+            path = self.sending = missing[-1]
             try:
-                if damage := find_damage(self.sending):
-                    damaged.add(self.sending)
-                    log.warning("%s is damaged (%s): not copied to %s", self.sending, damage, self.url)
+                if damage := find_damage(path):
+                    damaged.add(path)
+                    log.warning("%s is damaged (%s): not copied to %s", path, damage, self.url)
                 else:
-                    self._copy(self.sending)
+                    there[step_of(path)] = self._copy(path)
             finally:
                 self.sending = None
         self._prune()
@@ -132,25 +133,25 @@ class Mirror:
         )
         return sorted(step for name in names if (step := step_in_name(name)) is not None)
 
-    def _missing(self) -> list[Path]:
-        """The checkpoints of the run that aren't there, or are others of the same step; oldest first."""
-        there = set(self.steps())
+    def _missing(self, there: Mapping[int, bytes]) -> list[Path]:
+        """The checkpoints of the run that aren't there, or are others of the same step; oldest first.
+
+        there: the manifests of those that are, by step.
+        """
         return [
             path
             for path in complete(self.run.checkpoints)
-            if not (step_of(path) in there and self._is_same(path))
+            if step_of(path) not in there or there[step_of(path)] != (path / MANIFEST).read_bytes()
         ]
 
-    def _is_same(self, path: Path) -> bool:
-        content: bytes = self._files.cat_file(self._at(step_of(path), MANIFEST))
-        return content == (path / MANIFEST).read_bytes()
-
-    def _copy(self, path: Path) -> None:
+    def _copy(self, path: Path) -> bytes:
+        """Returns its manifest."""
         step = step_of(path)
         self._remove(step)
         self._files.makedirs(self._at(step), exist_ok=True)
         for name in (*file_names(path), MANIFEST):
             self._files.put_file(str(path / name), self._at(step, name))
+        return (path / MANIFEST).read_bytes()
 
     def _fetch(self, step: int, final: Path) -> None:
         aside = begin(final)

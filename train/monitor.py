@@ -1,9 +1,9 @@
 """What listens to a run: metrics.jsonl, TensorBoard, and the line that a person watches."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from data.codebook import write_png
 from train.config import Config
 from train.duration import format_seconds
-from train.errors import no_space
+from train.lines import Lines
 from train.metrics import ExpertLoad, Metrics
 from train.resolve import Plan
 from train.run_folder import RunFolder, to_yaml
@@ -38,7 +38,8 @@ class Listener(Protocol):
 class Monitor:
     """Passes on what happens to all listeners; on other ranks than the first there are none.
 
-    One that finds the disk full hears no more, which is said: training doesn't end for it.
+    One that can't write, on a disk that is full or read-only, hears no more, which is said: training doesn't end for
+    it, but with the next checkpoint that can't be written either.
     """
 
     def __init__(self, listeners: list[Listener]) -> None:
@@ -61,8 +62,6 @@ class Monitor:
             try:
                 tell(listener)
             except OSError as error:
-                if not no_space(error):
-                    raise
                 self.listeners.remove(listener)
                 what = type(listener).__name__
                 log.warning(
@@ -82,36 +81,19 @@ def make_monitor(folder: RunFolder, plan: Plan, start: int) -> Monitor:
     return Monitor(listeners)
 
 
-class JsonLines:
-    """metrics.jsonl: an object a step, readable while the run goes on. A full disk gets it once there is room."""
+class JsonLines(Lines):
+    """metrics.jsonl: an object a step; there from the start."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("ab", buffering=0)
-        self._unwritten = b""
+        super().__init__(path)
+        self.file = FileIO(path, "ab")
 
     def step(self, metrics: Metrics) -> None:
         """Append a line."""
-        told = bool(self._unwritten)
-        self._unwritten += json.dumps(metrics.values()).encode() + b"\n"
-        try:
-            self._write()
-        except OSError as error:
-            if not no_space(error):
-                raise
-            if not told:
-                log.warning("%s: %s: written once there is room", self.file.name, error)
-
-    def _write(self) -> None:
-        while self._unwritten:
-            self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
+        self.append(metrics.values())
 
     def sample(self, step: int, sample: Sample) -> None:
         """Samples have no place here."""
-
-    def close(self) -> None:
-        """Write what is left and close the file."""
-        self._write()
-        self.file.close()
 
 
 class Newest:

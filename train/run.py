@@ -56,14 +56,13 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     """
     config, folder = plan.config, folder_of(plan.config)
     first = dist.get_rank() == 0
-    engine = engine_of(plan, device)
-    stream = TrainingStream(
-        config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
-    )
-    for shard in stream.bad_shards:
-        log.warning("left out: %s", shard)
     mirror = _mirror(plan, folder)
-    progress = _resume(folder, mirror, engine, stream)
+    try:
+        engine = engine_of(plan, device)
+        stream = _open_stream(plan, engine)
+        progress = _resume(folder, mirror, engine, stream)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, config, plan.layout, device) from None
     start = progress.step
     _announce(plan, engine, start)
     on_first_rank(lambda: drop_metrics_after(folder, start), f"{folder.metrics} can't be written")
@@ -71,12 +70,13 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     saver = Saver(folder.checkpoints, config.checkpoint, _origin(plan), mirror)
     health = Health(config.faults, progress.faults)
     watchdog = Watchdog(config.faults.hang_timeout, dist.get_rank(), start, folder.log_of(dist.get_rank()))
+    record = FaultRecord(folder.faults, engine.mesh.data_rank)
     trainer = Trainer(
         plan,
         engine,
         stream,
         monitor,
-        _make_hooks(plan, saver, mirror, engine, stream, monitor, health, watchdog),
+        _make_hooks(plan, saver, mirror, engine, stream, monitor, record, health, watchdog),
         OrderDigest(engine.mesh.sum_over_data, device, progress.data_order_digest),
         health,
         flops_per_token=flops_per_token(config.model, plan.dataset.seq_len),
@@ -92,8 +92,20 @@ def run(plan: Plan, device: torch.device, listen: Callable[[], Stop] = Stop) -> 
     finally:
         watchdog.close()
         monitor.close()
+        record.lines.close()
         stream.close()
         saver.close()
+
+
+def _open_stream(plan: Plan, engine: Engine) -> TrainingStream:
+    """This rank's batches from the first one on, without the shards that are damaged, which are named."""
+    config = plan.config
+    stream = TrainingStream(
+        config.data, config.run.seed, engine.mesh.data_rank, plan.layout.data_size, config.model.inputs
+    )
+    for shard in stream.bad_shards:
+        log.warning("left out: %s", shard)
+    return stream
 
 
 def _announce(plan: Plan, engine: Engine, start: int) -> None:
@@ -152,9 +164,16 @@ def _mirror(plan: Plan, folder: RunFolder) -> Mirror | None:
 
 
 def _resume(folder: RunFolder, mirror: Mirror | None, engine: Engine, stream: TrainingStream) -> Progress:
-    """Load the newest checkpoint into engine and stream. Returns where it stands; at step 0 where there is none."""
+    """Load the newest checkpoint into engine and stream. Returns where it stands; at step 0 where there is none.
+
+    Raises:
+        RunError: there are checkpoints, and all are damaged.
+    """
     path = _newest_checkpoint(folder, mirror)
     if path is None:
+        on_first_rank(
+            lambda: checkpoint_folder.refuse_if_all_damaged(folder.checkpoints), f"{folder.checkpoints}"
+        )
         return Progress(0, 0, {})
     progress = checkpoint_folder.load_progress(path)
     imported = progress.step == 0  # weights, and nothing of a training
@@ -201,6 +220,7 @@ def _make_hooks(
     engine: Engine,
     stream: TrainingStream,
     monitor: Monitor,
+    record: FaultRecord,
     health: Health,
     watchdog: Watchdog,
 ) -> Hooks:
@@ -219,8 +239,6 @@ def _make_hooks(
         made = make_sample(engine.model, plan.dataset, config.evaluation, config.run.seed, engine.device)
         monitor.sample(step, made)
 
-    record = FaultRecord(folder.faults, engine.mesh.data_rank)
-
     def roll_back(position: dict[str, Any]) -> Progress | None:
         saver.wait()
         path = _newest_checkpoint(folder, mirror)
@@ -231,12 +249,14 @@ def _make_hooks(
         stream.load_state_dict(position)
         if dist.get_rank() == 0:
             monitor.close()
-            drop_metrics_after(folder, progress.step)
+        on_first_rank(lambda: drop_metrics_after(folder, progress.step), f"{folder.metrics} can't be written")
+        if dist.get_rank() == 0:
             monitor.listeners = [*make_monitor(folder, plan, progress.step).listeners, newest]
         return progress
 
     return Hooks(
         save,
+        before_update=saver.wait_for_copy,
         evaluate=lambda: validation_loss(engine, config),
         sample=sample,
         record=record.write,

@@ -7,16 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from parallel.processes import any_rank
 from train import checkpoint
 from train.checkpoint_folder import Progress
 from train.config import CheckpointConfig
 from train.errors import NoSpace, RunError
+from train.host_copy import HostCopy
 from train.mirror import Mirror
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,8 @@ class Saver:
     """Writes checkpoints into `folder`; every method is called by all ranks together.
 
     In the background there is one at a time, whose ranks talk in a group of their own: the loop's collectives go on
-    meanwhile.
+    meanwhile. The copy, too, is made beside the next step's forward and backward, which don't change what is saved;
+    its update has to wait for it.
 
     mirror: on rank 0, where what is saved is copied to.
     """
@@ -47,14 +47,15 @@ class Saver:
         self._missed: NoSpace | None = None
         self._group = dist.new_group(backend="gloo") if rules.asynchronous else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copy = HostCopy(self._thread)
+        self._copying: Future[dict[str, Tensor]] | None = None
         self._writing: Future[Path] | None = None
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
 
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Write a checkpoint, or copy the tensors and begin to write it, once the one before is written.
+        """Write a checkpoint, or begin to copy the tensors and to write it, once the one before is written.
 
-        Where the disk is full it is missed, aloud, and the next one tries again.
+        Before the tensors change, `wait_for_copy`. Where the disk is full it is missed, aloud, and the next one tries
+        again.
 
         Raises:
             RunError: it can't be written, or was missed too often in a row; in the background, the save before.
@@ -64,9 +65,17 @@ class Saver:
             self._note(lambda: checkpoint.save(self.folder, tensors, *arguments))
             return
         self.wait()
-        copied = self._stager.stage(dict(tensors))
-        assert isinstance(copied, dict)
-        self._writing = self._thread.submit(checkpoint.save, self.folder, copied, *arguments)
+        copying = self._copying = self._copy.begin(tensors)
+        # after it, in the same thread
+        self._writing = self._thread.submit(
+            lambda: checkpoint.save(self.folder, copying.result(), *arguments)
+        )
+
+    def wait_for_copy(self) -> None:
+        """Wait until what was given to `save` may change."""
+        if self._copying is not None:
+            copying, self._copying = self._copying, None
+            copying.result()
 
     def check(self) -> None:
         """Note how a save in the background went, if it has come to its end: on all ranks alike. Raises as `save`."""
@@ -117,6 +126,8 @@ class Saver:
                 "%s; training goes on, and the next save tries again (%d missed in a row, of at most %d)",
                 *(error, self.missed, most),
             )
+        except RunError as error:
+            raise RunError(f"{error}: mend that, and {_GO_ON}") from None
 
     def close(self) -> None:
         """Wait, and let go of the thread and its group. Raises as `save`."""
@@ -124,7 +135,7 @@ class Saver:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._stager.close()
+            self._copy.close()
             if self._mirror is not None:
                 self._mirror.close()
             if self._group is not None:

@@ -47,6 +47,8 @@ class Hooks:
 
     save: Callable[[int, str], None]
     """Write a checkpoint of the step, with the data's digest so far."""
+    before_update: Callable[[], None]
+    """Wait until a save doesn't need the state as it is any longer."""
     evaluate: Callable[[], float]
     """The validation loss."""
     sample: Callable[[int], None]
@@ -192,6 +194,7 @@ class Trainer:
         self._sample_ids = batch.sample_ids
         order = self.order.add(self.step, batch.sample_ids)
         loss = self.engine.forward_backward(batch, self.step)
+        self.hooks.before_update()
         grad_norm = self.engine.step(lr)
         experts = self.engine.expert_statistics()
         self.tell()

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from functools import partial
 from typing import NoReturn
 
@@ -10,7 +11,9 @@ import torch.distributed as dist
 
 from parallel.processes import end_process, pick_device, process_group
 from train import run_folder
+from train.agree import on_first_rank
 from train.config_file import Loaded
+from train.errors import of_disk
 from train.faults.health import GaveUp
 from train.faults.memory import OutOfMemory
 from train.resolve import resolve
@@ -38,16 +41,15 @@ def work(loaded: Loaded) -> NoReturn:
     device = pick_device()
     code = 0
     with process_group(device):
-        if dist.get_rank() == 0:
-            run_folder.create(folder, plan)
-        dist.barrier()
+        on_first_rank(lambda: run_folder.create(folder, plan), f"{folder.path} can't be written")
         _log_to(folder)
         try:
             run(plan, device, partial(listen, plan.config.run.grace_time))
         except Stopped as stopped:
             log.info("%s: the same command goes on from there", stopped)
-            if dist.get_rank() == 0:
-                folder.stopped.write_text(f"{stopped}\n")
+            on_first_rank(
+                partial(folder.stopped.write_text, f"{stopped}\n"), f"{folder.stopped}: not written"
+            )
             code = 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
         except GaveUp as gave_up:
             if dist.get_rank() == 0:
@@ -60,10 +62,26 @@ def work(loaded: Loaded) -> NoReturn:
     end_process(code)
 
 
+class LogFile(logging.FileHandler):
+    """A file that, once it can't be written, which is said, gets no more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called in place of a traceback for each line."""
+        print(f"warning: {self.baseFilename}: {sys.exception()}: no more is written there", file=sys.stderr)
+        self.setLevel(logging.CRITICAL + 1)
+
+
 def _log_to(folder: RunFolder) -> None:
-    """All that a rank logs goes into a file of its own; what matters to a person, on rank 0, also to the screen."""
+    """All that a rank logs goes into a file of its own; what matters to a person, on rank 0, also to the screen.
+
+    Raises:
+        RunError: the file can't be made.
+    """
     rank = dist.get_rank()
-    to_file = logging.FileHandler(folder.log_of(rank))
+    try:
+        to_file = LogFile(folder.log_of(rank))
+    except OSError as error:
+        raise of_disk(f"{folder.log_of(rank)} can't be written", error) from None
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -72,3 +90,10 @@ def _log_to(folder: RunFolder) -> None:
     ours.addHandler(to_screen)
     logging.basicConfig(level=logging.WARNING, handlers=[to_file])
     logging.captureWarnings(True)
+    threading.excepthook = _tell_of_thread
+
+
+def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+    """As usual, but for TensorBoard's: what that failed with comes out at the next step, and is told there."""
+    if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        threading.__excepthook__(args)

@@ -119,11 +119,11 @@ def _stop_for_a_while(run: Run, index: int, reached: Reached) -> None:
 
 
 def _damaging(damage: Callable[[Path, random.Random], None]) -> Deal:
-    """Kill all, then damage the newest checkpoint, if there is one."""
+    """Kill all, then damage the newest checkpoint, if there is one before it: without a good one a run is refused."""
 
     def deal(run: Run, index: int, reached: Reached) -> None:
         run.kill()
-        for newest in complete(run.folder.checkpoints)[-1:]:
+        for newest in complete(run.folder.checkpoints)[1:][-1:]:
             damage(newest, random.Random(index))
 
     return deal

@@ -2,8 +2,9 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
@@ -35,6 +36,9 @@ from parallel.zero.passes import LossRoot, ZeroPasses
 
 STATE = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter beside the number of steps."""
+
+Whole = Callable[[str, nn.Parameter, str], DTensor]
+"""Of a parameter by its name, its weights (MASTER) or its optimizer state by its key, as a part of the whole."""
 
 
 class DeepSpeedEngine(Engine):
@@ -130,12 +134,19 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        return {f"model.{name}": tensor for name, tensor in self._tensors(MASTER).items()} | self._buffers()
+        return self._weights(self._whole)
 
     def state(self) -> dict[str, Tensor]:
-        tensors = self.weights()
+        return self._state(self._whole)
+
+    def _weights(self, whole: Whole) -> dict[str, Tensor]:
+        weights = {f"model.{name}": whole(name, p, MASTER) for name, p in self.parameters.items()}
+        return weights | self._buffers()
+
+    def _state(self, whole: Whole) -> dict[str, Tensor]:
+        tensors = self._weights(whole)
         for key in STATE:
-            tensors |= {f"optimizer.{name}.{key}": values for name, values in self._tensors(key).items()}
+            tensors |= {f"optimizer.{name}.{key}": whole(name, p, key) for name, p in self.parameters.items()}
         step = self.partitions.steps()[0]
         return (
             tensors
@@ -144,7 +155,7 @@ class DeepSpeedEngine(Engine):
         )
 
     def restore(self, fill: Fill, *, weights_only: bool = False) -> None:
-        tensors = self.weights() if weights_only else self.state()
+        tensors = self._weights(self._blank) if weights_only else self._state(self._blank)
         fill(tensors)
         for name, parameter in self.parameters.items():
             self._write(name, parameter, MASTER, tensors[f"model.{name}"])
@@ -171,21 +182,33 @@ class DeepSpeedEngine(Engine):
         skip_unless_finite(self.library.basic_optimizer, norm)
         return norm
 
-    def _tensors(self, key: str) -> dict[str, Tensor]:
-        """What the ranks have of every parameter's weights or optimizer state, by rows."""
-        return {name: self._whole(name, parameter, key) for name, parameter in self.parameters.items()}
-
     def _whole(self, name: str, parameter: nn.Parameter, key: str) -> DTensor:
-        values, ranks = self.partitions.read(parameter, key), self._partition_mesh(name)
-        shape = _shape(parameter)
-        if self.stage == 0:
-            local, placement = values.view(shape), cast(Placement, Replicate())
-        else:
-            held = self._everywhere[name]
-            moved = move(values, held, rows(shape, ranks.size()), ranks.get_group())
-            local, placement = moved.view(-1, *shape[1:]), Shard(0)
+        """What the ranks have of a parameter's weights or optimizer state, by rows."""
+        values, ranks, shape = (
+            self.partitions.read(parameter, key),
+            self._partition_mesh(name),
+            _shape(parameter),
+        )
+        if self.stage > 0:
+            values = move(values, self._everywhere[name], rows(shape, ranks.size()), ranks.get_group())
+        return self._placed(name, values, shape)
+
+    def _blank(self, name: str, parameter: nn.Parameter, key: str) -> DTensor:
+        """Room for what `_whole` gives."""
+        ranks, shape = self._partition_mesh(name), _shape(parameter)
+        share = rows(shape, ranks.size())[ranks.get_local_rank()] if self.stage > 0 else range(shape.numel())
+        return self._placed(name, torch.empty(len(share), device=self.device), shape)
+
+    def _placed(self, name: str, values: Tensor, shape: torch.Size) -> DTensor:
+        """A rank's rows of a parameter, flattened, as a part of the whole; at stage 0 they are all rows."""
+        placement: Placement = Shard(0) if self.stage > 0 else Replicate()
         shard = DTensor.from_local(
-            local, ranks, (placement,), run_check=False, shape=shape, stride=strides(shape)
+            values.view(-1, *shape[1:]),
+            self._partition_mesh(name),
+            (placement,),
+            run_check=False,
+            shape=shape,
+            stride=strides(shape),
         )
         return view(shard, self.cuts[name], self.mesh)
 

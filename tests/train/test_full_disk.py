@@ -2,12 +2,15 @@
 
 import errno
 import io
+import json
 import logging
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from parallel.processes import WorkerPool
@@ -19,11 +22,14 @@ from train.checkpoint_compare import compare
 from train.checkpoint_folder import MANIFEST, complete, step_of
 from train.config import CheckpointConfig
 from train.errors import RunError
+from train.faults.record import FaultRecord
+from train.lines import Lines
 from train.metrics import Metrics
 from train.monitor import JsonLines, Listener, Monitor
 from train.retention import make_room
 from train.run_folder import RunFolder, read_metrics
 from train.tensor_files import write_tensors
+from train.worker import LogFile
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -163,6 +169,7 @@ def metrics_of(step: int) -> Metrics:
 
 def test_metrics_are_written_once_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
+    assert lines.file is not None
     lines.file.close()
     disk = lines.file = SmallDisk()  # type: ignore[assignment]
     for step in range(1, 7):
@@ -171,19 +178,64 @@ def test_metrics_are_written_once_there_is_room(tmp_path: Path, caplog: pytest.L
         lines.step(metrics_of(step))
     text = disk.getvalue().decode()
     assert [line.partition(",")[0] for line in text.splitlines()] == [f'{{"step": {n}' for n in range(1, 7)]
-    assert caplog.text.count("No space left on device: written once there is room") == 1
+    assert caplog.text.count("No space left on device: written once it can be") == 1
 
 
-def test_listener_without_room_is_left_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
+def write_faults(path: Path, bytes_at_first: int) -> list[str]:
+    """Two faults, the first where a file may only have so many bytes. Returns what was warned of."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("train").addHandler(handler)
+    record, (_, most) = FaultRecord(path, dist.get_rank()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, limit in ((1, bytes_at_first), (2, most)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        record.write("skipped", step, torch.tensor([dist.get_rank()]), loss=1.0)
+    record.lines.close()
+    logging.getLogger("train").removeHandler(handler)
+    return said
+
+
+@pytest.mark.parametrize("bytes_at_first", [0, 10])
+def test_faults_are_written_once_they_can_be(
+    pools: dict[int, WorkerPool], tmp_path: Path, bytes_at_first: int
+) -> None:
+    said, unsaid = pools[2].run(write_faults, tmp_path / "faults.jsonl", bytes_at_first)
+    assert len(said) == 1 and "File too large: written once it can be" in said[0] and unsaid == []
+    written = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["sample_ids"]) for line in written] == [(1, [0, 1]), (2, [0, 1])]
+
+
+def test_what_finds_no_room_to_the_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    lines = Lines(Path("/dev/full"))
+    lines.append({"step": 1})
+    lines.close()
+    assert [record.getMessage().rpartition("device: ")[2] for record in caplog.records] == [
+        "written once it can be",
+        "its last lines are lost",
+    ]
+
+
+def test_a_log_that_finds_no_room_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.Logger("of a rank")
+    log.addHandler(LogFile("/dev/full"))
+    for number in range(3):
+        log.warning("line %d", number)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: /dev/full: ") and line.endswith(": no more is written there")
+
+
+@pytest.mark.parametrize("error", [FULL, OSError(errno.EROFS, "Read-only file system")])
+def test_listener_without_room_is_left_out_aloud(caplog: pytest.LogCaptureFixture, error: OSError) -> None:
     class Picture(JsonLines):
         def __init__(self) -> None:
             pass
 
         def step(self, metrics: Metrics) -> None:
-            raise FULL
+            raise error
 
     listeners: list[Listener] = [Picture()]
     monitor = Monitor(listeners)
     monitor.step(metrics_of(1))
     monitor.step(metrics_of(2))
-    assert caplog.text.count("Picture: [Errno 28]") == 1
+    assert caplog.text.count(f"Picture: [Errno {error.errno}]") == 1

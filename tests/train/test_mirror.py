@@ -81,6 +81,30 @@ def test_copies_what_is_missing_and_brings_back_the_newest(run: RunFolder, url: 
     assert content(run.checkpoints / "step-00000020") == saved
 
 
+def test_mirror_is_listed_no_more_often_for_more_checkpoints(
+    run: RunFolder, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, asked = mirror_of(run, url, keep=9), []
+    for name in ("ls", "cat_file"):
+        call = getattr(mirror._files, name)
+
+        def counted(*arguments: Any, name: str = name, call: Any = call, **options: Any) -> Any:
+            asked.append(name)
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(mirror._files, name, counted)
+    counts = []
+    for steps in ((10,), (20,), (30, 40, 50)):
+        for step in steps:
+            save(run, step)
+        asked.clear()
+        mirror.update()
+        counts.append((asked.count("ls"), asked.count("cat_file")))
+    assert mirror.steps() == [10, 20, 30, 40, 50]
+    (few, one), (as_few, two) = counts[1:]
+    assert few == as_few and (one, two) == (1, 2)
+
+
 def test_keeps_by_the_rules_of_the_run(run: RunFolder, url: str) -> None:
     mirror = mirror_of(run, url, keep=2, every_steps=10, keep_every=40, keep_best=1)
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.4), (60, 2.6)):

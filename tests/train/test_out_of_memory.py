@@ -13,7 +13,7 @@ from parallel.processes import WorkerPool
 from parallel.torch_engine import TorchEngine
 from tests.train.running import train_here
 from train.config_file import load_config
-from train.faults.memory import OutOfMemory, what_helps
+from train.faults.memory import OutOfMemory, what_helps, what_helps_build
 from train.resolve import resolve
 
 
@@ -48,6 +48,29 @@ def test_it_is_told_where_it_was_and_what_would_help(
         ]
 
 
+def build_out_of_memory(config: str, overrides: list[str]) -> str:
+    """A run that finds no memory for its model: how that is told."""
+
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory"
+        )
+
+    with patch.object(TorchEngine, "_lay_out", allocate), pytest.raises(OutOfMemory) as told:
+        train_here(config, overrides)
+    return str(told.value)
+
+
+def test_it_is_told_while_the_model_is_built(
+    pools: dict[int, WorkerPool], tiny_config: str, tmp_path: Path
+) -> None:
+    for text in pools[2].run(build_out_of_memory, tiny_config, [f"run.dir={tmp_path}"]):
+        what, _, *changes = text.splitlines()
+        assert f"on {socket.gethostname()} is out of memory while the model is built, at a peak of " in what
+        keys = [change.split()[0] for change in changes]
+        assert keys == ["parallel.dp_shard=4", "parallel.cpu_offload=true:"]
+
+
 @pytest.mark.parametrize(
     ("settings", "processes"),
     [
@@ -60,9 +83,10 @@ def test_it_is_told_where_it_was_and_what_would_help(
 )
 def test_what_would_help_can_be_done(tiny_config: str, settings: list[str], processes: int) -> None:
     config = load_config(tiny_config, settings).config
-    changes = what_helps(config, resolve_layout(config.parallel, processes))
+    layout = resolve_layout(config.parallel, processes)
+    changes = what_helps(config, layout)
     assert changes
-    for change in changes:
+    for change in changes + what_helps_build(config, layout):
         setting = change.partition(" (")[0].partition(": ")[0].split()
         world = 2 * processes if "twice as many" in change else processes
         changed = resolve(load_config(tiny_config, [*settings, *setting]), world_size=world)

@@ -19,6 +19,7 @@ from train.errors import RunError
 from train.launch import launch
 from train.resolve import resolve
 from train.run_folder import RunFolder, check_same_run, folder_of, read_metrics
+from train.torchrun import Ended, Torchrun
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -97,10 +98,12 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(
     last = RunFolder(tmp_path / "run").checkpoints / "step-00000004"
     next(last.glob("*.safetensors")).write_bytes(b"")
 
-    def torchrun(processes: int, restarts: int, command: list[str]) -> int:
-        return pools[processes].run(train_here, tiny_config, command[3:])[0] - 4
+    def torchrun(
+        self: Torchrun, processes: int, restarts: int, command: list[str], environment: dict[str, str]
+    ) -> Ended:
+        return Ended(pools[processes].run(train_here, tiny_config, command[3:])[0] - 4)
 
-    monkeypatch.setattr("train.launch._run_torchrun", torchrun)
+    monkeypatch.setattr(Torchrun, "run", torchrun)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as ended:
         launch(tiny_config, overrides)

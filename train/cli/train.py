@@ -16,6 +16,14 @@ def train(
             min=0, help="After a failure, start all processes again from the newest checkpoint, so often."
         ),
     ] = 0,
+    elastic: Annotated[
+        bool,
+        typer.Option(
+            "--elastic",
+            help="With --max-restarts: leave out a process that keeps dying, as when its device is gone, and go on "
+            "with fewer data-parallel ranks; the global batch stays.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or go on with a run that was interrupted.
 
@@ -25,4 +33,4 @@ def train(
     """
     from train.launch import launch
 
-    launch(config, overrides or [], max_restarts)
+    launch(config, overrides or [], max_restarts, elastic)

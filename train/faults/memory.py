@@ -23,14 +23,20 @@ class OutOfMemory(Exception):
 
 
 def out_of_memory(
-    error: torch.OutOfMemoryError, config: Config, layout: Layout, device: torch.device, step: int
+    error: torch.OutOfMemoryError,
+    config: Config,
+    layout: Layout,
+    device: torch.device,
+    step: int | None = None,
 ) -> OutOfMemory:
-    """The error as it is told; step: the one under way."""
+    """The error as it is told; step: the one under way, None while the model is built."""
+    where = "while the model is built" if step is None else f"in step {step}"
     what = (
-        f"rank {dist.get_rank()} on {socket.gethostname()} is out of memory in step {step}, "
+        f"rank {dist.get_rank()} on {socket.gethostname()} is out of memory {where}, "
         f"at a peak of {peak_memory_bytes(device) / 2**30:.2f} GiB: {str(error).splitlines()[0]}"
     )
-    helps = "".join(f"\n  {change}" for change in what_helps(config, layout))
+    changes = what_helps_build(config, layout) if step is None else what_helps(config, layout)
+    helps = "".join(f"\n  {change}" for change in changes)
     return OutOfMemory(f"{what}\nwhat would help, and changes the run by no more than rounding:{helps}")
 
 
@@ -51,6 +57,14 @@ def what_helps(config: Config, layout: Layout) -> list[str]:
             f"computed again"
         )
     return changes + _more_shards(config, layout)
+
+
+def what_helps_build(config: Config, layout: Layout) -> list[str]:
+    """Changes that need less memory for weights and optimizer state, the cheapest first."""
+    changes = _more_shards(config, layout)
+    if config.parallel.engine == "torch" and not config.parallel.cpu_offload:
+        changes.append("parallel.cpu_offload=true: weights and optimizer state are in the host's memory")
+    return changes
 
 
 def _more_shards(config: Config, layout: Layout) -> list[str]:

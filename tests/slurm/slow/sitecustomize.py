@@ -1,11 +1,12 @@
 """On a job's path: training steps take STEP_SECONDS more each, and one waits for the file HOLD_UNTIL.
 
-It waits in every rank, or in HOLD_RANK alone.
+It waits in every rank, or in HOLD_RANK alone. A process whose device stands in the file BROKEN_DEVICES dies at once.
 """
 
 import importlib.abc
 import importlib.machinery
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -46,5 +47,15 @@ class _SlowSteps(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _device() -> str:
+    """Of this process, as CUDA would give it."""
+    place = int(os.environ["LOCAL_RANK"])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(place) if visible is None else visible.split(",")[place]
+
+
+_broken = Path(os.environ.get("BROKEN_DEVICES", "/"))
+if "LOCAL_RANK" in os.environ and _broken.is_file() and _device() in _broken.read_text().split():
+    os.kill(os.getpid(), signal.SIGKILL)
 if {"STEP_SECONDS", "HOLD_UNTIL"} & os.environ.keys():
     sys.meta_path.insert(0, _SlowSteps())
