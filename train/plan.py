@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.count import flops_per_token, parameter_count
 from parallel.config import ActivationCheckpointConfig, ParallelConfig
-from parallel.fit import HAS_STAGES, check_fit, check_micro_batches
+from parallel.errors import LayoutError
+from parallel.fit import HAS_STAGES, check_fit, check_fp8, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
-from parallel.planner.memory import Memory, predict_memory
+from parallel.planner.memory import predict_memory
+from parallel.planner.moments import Memory
 from parallel.planner.search import search
+from parallel.zero.fit import refusals
 from train.config import Config
 from train.config_file import load_config
 from train.errors import ConfigError
@@ -22,7 +25,7 @@ from train.scaling import recommend
 DAY, HOUR = 86_400.0, 3_600.0
 LAYOUT_KEYS = (
     *("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep"),
-    *("reshard_after_forward", "sequence_parallel"),
+    *("reshard_after_forward", "sequence_parallel", "engine", "cpu_offload"),
 )
 PIPELINE_KEYS = ("pp_schedule", "stages_per_rank")
 UNUSED = ("data.path=unused", "run.wall_time=1h", "schedule.total_steps=1000000000")
@@ -134,7 +137,7 @@ def make_plan(
         layout = resolve_layout(config.parallel, world_size)
         best = estimate(run, arrangement_of(config, layout), device)
         return Plan(Training(best, _tokens(config, best, budget)), [], [], 1, overrides_of(best, config))
-    found = search(run, world_size, device)
+    found = search(run, world_size, device, given=config.parallel)
     best, *rivals = found.fitting
     return Plan(
         Training(best, _tokens(config, best, budget)),
@@ -165,10 +168,6 @@ def run_facts(config: Config) -> RunFacts:
         raise ConfigError(
             f"model.type={model.type} can't be planned: use one of {', '.join(HAS_STAGES)}, whose layers are alike"
         )
-    if config.parallel.engine != "torch":
-        raise ConfigError("parallel.engine=deepspeed can't be planned: use parallel.engine=torch")
-    if config.parallel.cpu_offload:
-        raise ConfigError("parallel.cpu_offload=true can't be planned: use parallel.cpu_offload=false")
     if model.vocab_size is None:
         raise ConfigError("a plan must know the vocabulary: set model.vocab_size, 32000 for example")
     return RunFacts(
@@ -196,6 +195,10 @@ def arrangement_of(config: Config, layout: Layout) -> Arrangement:
     parallel = config.parallel.model_copy(update=sizes)
     model = config.model
     check_fit(layout, parallel, model, model.max_seq_len)
+    check_fp8(layout, parallel, model, config.precision)
+    if parallel.engine == "deepspeed":
+        for refusal in refusals(layout, parallel, config.precision, config.compile):
+            raise LayoutError(refusal)
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
     count, left = divmod(whole, micro * layout.data_size)
     if left or not count:
@@ -243,6 +246,8 @@ def overrides_of(found: Estimate, config: Config) -> list[str]:
         differs = name in given.model_fields_set and getattr(given, name) != value
         if value != defaults[name] or differs:
             keys[f"parallel.{name}"] = value
+    if parallel.engine == "deepspeed":
+        keys["parallel.deepspeed.stage"] = parallel.deepspeed.stage
     keys["data.micro_batch_size"] = arrangement.micro_batch_size
     keys |= _recomputation(arrangement.activation_checkpoint)
     return [

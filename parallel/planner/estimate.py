@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from model.count import flops_per_token
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
-from parallel.planner.memory import Memory, predict_memory
+from parallel.planner.memory import predict_memory
+from parallel.planner.moments import Memory
 from parallel.planner.step_time import StepTime, predict_step_time
 
 ROOM = 0.95

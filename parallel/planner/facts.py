@@ -84,9 +84,19 @@ class Arrangement:
         """All that says how much of a layer's work on a micro-batch is a rank's."""
         layout, again = self.layout, self.activation_checkpoint
         shared = self.parallel.sequence_parallel
-        return self.micro_batch_size, layout.cp, layout.tp, layout.ep, shared, again.mode, again.n
+        cut = self.parallel.engine, layout.cp, layout.tp, layout.ep, shared
+        return *cut, self.micro_batch_size, again.mode, again.n
+
+    @property
+    def offloads(self) -> bool:
+        """Whether optimizer state is in the host's memory."""
+        if self.parallel.engine == "deepspeed":
+            return self.parallel.deepspeed.offload_optimizer != "none"
+        return self.parallel.cpu_offload
 
     @property
     def keeps_gathered(self) -> bool:
         """Whether weights stay gathered from their first use in a micro-batch to their last; in a pipeline, a step."""
+        if self.parallel.engine == "deepspeed":
+            return self.parallel.deepspeed.stage < 3
         return not self.parallel.reshard_after_forward or self.layout.pp > 1

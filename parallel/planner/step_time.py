@@ -8,6 +8,7 @@ from model.config import known
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
+from parallel.planner.offload import host_bytes, stepped
 from parallel.planner.parts import Parts
 from parallel.planner.rank import Rank, rank_at
 from parallel.planner.topology import seconds
@@ -43,6 +44,8 @@ class StepTime(Parts):
     bubble: float = 0.0
     """Ranks of a pipeline that wait for others."""
     optimizer: float = 0.0
+    host: float = 0.0
+    """Copies between a device and its host, of what is offloaded."""
 
 
 def predict_step_time(run: RunFacts, arrangement: Arrangement, device: Device) -> StepTime:
@@ -129,8 +132,16 @@ def _of_rank(run: RunFacts, arrangement: Arrangement, place: int, device: Device
     return replace(
         at_work.time,
         dp=copied + _exposed(arrangement, traffic, device, micro_batches, at_work.forward, at_work.backward),
-        optimizer=_moving_seconds(STEPPED * rank.all.stored * run.master_size, device),
+        optimizer=_stepping_seconds(run, arrangement, rank, device),
+        host=host_bytes(run, arrangement, rank) / (device.host_gb_per_s * 1e9 * device.link_efficiency),
     )
+
+
+def _stepping_seconds(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
+    bytes_ = STEPPED * stepped(arrangement, rank) * run.master_size
+    if arrangement.offloads:
+        return bytes_ / (device.host_memory_gb_per_s * 1e9 * device.memory_efficiency)
+    return _moving_seconds(bytes_, device)
 
 
 def _launching(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
@@ -173,11 +184,11 @@ def _exposed(
     """
     spent: dict[tuple[str, bool], float] = defaultdict(float)
     for each in traffic:
-        spent[each.kind, each.of == "root"] += seconds(each, device) * each.count
+        spent[each.kind, each.of in ("root", "step")] += seconds(each, device) * each.count
     gather, reduce, replicate = (
         spent[kind, False] for kind in ("all_gather", "reduce_scatter", "all_reduce")
     )
-    alone = sum(taken for (_, is_root), taken in spent.items() if is_root)
+    alone = sum(taken for (_, by_itself), taken in spent.items() if by_itself)
     if arrangement.layout.pp > 1:
         return alone + max(0.0, gather - forward / micro_batches) + reduce + replicate
     in_forward = gather if arrangement.keeps_gathered else gather / 2
