@@ -10,6 +10,7 @@ from parallel.config import ActivationCheckpointConfig, ParallelConfig
 from parallel.errors import LayoutError
 from parallel.fit import HAS_STAGES, check_fit, check_fp8, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
+from parallel.planner.activations import resolve
 from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
@@ -135,7 +136,7 @@ def make_plan(
     device.peak_flops(run.precision)
     if as_given:
         layout = resolve_layout(config.parallel, world_size)
-        best = estimate(run, arrangement_of(config, layout), device)
+        best = estimate(run, arrangement_of(config, layout, device), device)
         return Plan(Training(best, _tokens(config, best, budget)), [], [], 1, overrides_of(best, config))
     found = search(run, world_size, device, given=config.parallel)
     best, *rivals = found.fitting
@@ -154,7 +155,7 @@ def memory_of(config: Config, layout: Layout, device: Device) -> Memory:
     Raises:
         ConfigError, LayoutError: the configuration is one that can't be planned, or laid out so.
     """
-    return predict_memory(run_facts(config), arrangement_of(config, layout), device)
+    return predict_memory(run_facts(config), arrangement_of(config, layout, device), device)
 
 
 def run_facts(config: Config) -> RunFacts:
@@ -175,16 +176,12 @@ def run_facts(config: Config) -> RunFacts:
     )
 
 
-def arrangement_of(config: Config, layout: Layout) -> Arrangement:
+def arrangement_of(config: Config, layout: Layout, device: Device) -> Arrangement:
     """A configuration's own layout, checked as a run checks it.
 
     Raises:
         LayoutError, ConfigError: it can't be.
     """
-    if config.activation_checkpoint.mode == "auto":
-        raise ConfigError(
-            "activation_checkpoint.mode=auto decides when a run starts: plan with none, selective, every_nth or full"
-        )
     schedule, mode = config.parallel.pp_schedule, config.activation_checkpoint.mode
     if schedule == "interleaved_zero_bubble" or (schedule == "zbv_zero_bubble" and mode != "none"):
         raise ConfigError(
@@ -207,7 +204,8 @@ def arrangement_of(config: Config, layout: Layout) -> Arrangement:
             f"{micro} x {layout.data_size}: set data.global_batch_size={max(1, count) * micro * layout.data_size}"
         )
     check_micro_batches(parallel, count)
-    return Arrangement(parallel, micro, config.activation_checkpoint)
+    given = Arrangement(parallel, micro, config.activation_checkpoint)
+    return resolve(run_facts(config), given, device.type)
 
 
 def _tokens(config: Config, best: Estimate, budget: Budget) -> float:
@@ -259,6 +257,8 @@ def _recomputation(config: ActivationCheckpointConfig) -> dict[str, object]:
     keys: dict[str, object] = {"activation_checkpoint.mode": config.mode}
     if config.mode == "every_nth":
         keys["activation_checkpoint.n"] = config.n
+    if config.mode == "auto":
+        keys["activation_checkpoint.memory_budget"] = config.memory_budget
     return keys
 
 

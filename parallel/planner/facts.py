@@ -45,6 +45,11 @@ class RunFacts:
         return BYTES[self.precision]
 
     @property
+    def wide_precision(self) -> Precision:
+        """That of attention, and of products that are not in 8 bits."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
     def master_size(self) -> int:
         """Bytes of a number in stored weights, reduced gradients and optimizer state."""
         return 8 if self.precision == "fp64" else 4
@@ -85,7 +90,8 @@ class Arrangement:
         layout, again = self.layout, self.activation_checkpoint
         shared = self.parallel.sequence_parallel
         cut = self.parallel.engine, layout.cp, layout.tp, layout.ep, shared
-        return *cut, self.micro_batch_size, again.mode, again.n
+        how = again if again.mode == "auto" else (again.mode, again.n)
+        return *cut, self.micro_batch_size, how
 
     @property
     def offloads(self) -> bool:

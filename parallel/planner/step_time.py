@@ -67,9 +67,11 @@ def _places(arrangement: Arrangement) -> list[int]:
 
 def compute_seconds(work: Work, run: RunFacts, device: Device, rate: float) -> float:
     """Of products, which reach a share `rate` of what large ones do, and attention."""
-    peak = device.peak_flops(run.precision)
-    matmul = work.matmul / (peak * device.matmul_efficiency * rate)
-    return matmul + work.attention / (peak * device.attention_efficiency)
+    peak = device.peak_flops(run.wide_precision)
+    matmul = (work.matmul - work.eight_bits) / peak
+    if work.eight_bits:
+        matmul += work.eight_bits / device.peak_flops("fp8")
+    return matmul / (device.matmul_efficiency * rate) + work.attention / (peak * device.attention_efficiency)
 
 
 def matmul_rate(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
@@ -217,7 +219,7 @@ def bubble(
         return of_one / (arrangement.parallel.stages_per_rank or 1)
     product, mixing = (
         compute_seconds(work, run, device, 1.0)
-        for work in (Work(forward.matmul), Work(attention=forward.attention))
+        for work in (Work(forward.matmul, eight_bits=forward.eight_bits), Work(attention=forward.attention))
     )
     left = (1 + FLASH_BACKWARD) * mixing
     return of_one * left / (3 * product + left)

@@ -129,7 +129,7 @@ def test_recommended_layouts_can_be_started() -> None:
             config = load_for_plan(name, overrides)
             layout = resolve_layout(config.parallel, size)
             check_fit(layout, config.parallel, config.model, config.model.max_seq_len)
-            arrangement = arrangement_of(config, layout)
+            arrangement = arrangement_of(config, layout, GPU)
             check_micro_batches(config.parallel, arrangement.micro_batches(run_facts(config)))
             assert memory_of(config, layout, GPU).total < GPU.memory_bytes
             cells += 1
