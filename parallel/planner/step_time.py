@@ -40,7 +40,7 @@ class StepTime(Parts):
     cp: float = 0.0
     ep: float = 0.0
     pp: float = 0.0
-    """Sending from stage to stage."""
+    """Sending from stage to stage, where nothing is computed beside it."""
     bubble: float = 0.0
     """Ranks of a pipeline that wait for others."""
     optimizer: float = 0.0
@@ -109,7 +109,8 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
     recompute, forward = took(work.recompute), took(work.forward)
     compute = forward + took(work.backward)
     elementwise = _moving_seconds(work.total.moved * micro_batches, device)
-    exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep", "pp")}
+    exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep")}
+    exposed["pp"] = _sending(arrangement, traffic, device, compute + recompute + elementwise)
     on_device = compute + recompute + elementwise + sum(exposed.values())
     launch = max(0.0, _launching(run, arrangement, rank, device) * micro_batches - on_device)
     busy = on_device + launch
@@ -161,6 +162,29 @@ def _moving_seconds(bytes_: float, device: Device) -> float:
 
 def _sum(traffic: Iterable[Exchange], dimension: str, device: Device) -> float:
     return sum(seconds(each, device) * each.count for each in traffic if each.dimension == dimension)
+
+
+def _sending(
+    arrangement: Arrangement, traffic: Iterable[Exchange], device: Device, computing: float
+) -> float:
+    """What a pipeline's ranks wait for what they send each other.
+
+    A micro-batch of 1f1b comes back to a rank just when it is needed, so that each send makes all later ones wait, and
+    torch's schedule waits for it, too. Schedules with several stages on a rank have more micro-batches under way
+    (Narayanan et al. 2021, section 2.2), and gpipe all: sends go on beside the computation of the next. None is beside
+    it while the pipeline fills and empties.
+
+    computing: seconds of a step.
+    """
+    waits = [each for each in traffic if each.dimension == "pp"]
+    taken = {each: seconds(each, device) * each.count for each in waits}
+    others = sum(taken[each] for each in waits if each.kind != "send")
+    sends = [each for each in waits if each.kind == "send"]
+    all_ = sum(taken[each] for each in sends)
+    if arrangement.parallel.pp_schedule == "1f1b":
+        return all_ + others
+    ramp = 2 * (arrangement.layout.pp - 1) * max((seconds(each, device) for each in sends), default=0.0)
+    return min(all_, ramp + max(0.0, all_ - computing)) + others
 
 
 def _copied(run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: int) -> float:
