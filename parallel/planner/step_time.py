@@ -50,13 +50,13 @@ class StepTime(Parts):
 
 def predict_step_time(run: RunFacts, arrangement: Arrangement, device: Device) -> StepTime:
     """Of the slowest rank, for which the others wait."""
-    times = [_of_rank(run, arrangement, place, device) for place in _places(arrangement)]
+    times = [step_time_of_place(run, arrangement, place, device) for place in _places(arrangement)]
     return max(times, key=lambda time: time.total)
 
 
 def least_seconds(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
     """What a step takes at least, whichever data-parallel ranks share weights: quick, as layouts have it in common."""
-    return max(_at_work(run, arrangement, place, device).time.total for place in _places(arrangement))
+    return max(at_work(run, arrangement, place, device).time.total for place in _places(arrangement))
 
 
 def _places(arrangement: Arrangement) -> list[int]:
@@ -83,7 +83,7 @@ def matmul_rate(run: RunFacts, arrangement: Arrangement, device: Device) -> floa
 
 
 @dataclass(frozen=True)
-class _AtWork:
+class AtWork:
     """A rank's step but for what its data-parallel ranks do for each other."""
 
     time: StepTime
@@ -92,14 +92,15 @@ class _AtWork:
     backward: float
 
 
-def _at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> _AtWork:
+def at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> AtWork:
+    """Of the rank at a place of the pipeline."""
     layout, parallel = arrangement.layout, arrangement.parallel
     pipeline = layout.pp, parallel.pp_schedule, parallel.num_stages
     key = "time", device.name, arrangement.share_of_work, arrangement.micro_batches(run), place, pipeline
     return run.once(key, lambda: _find_at_work(run, arrangement, rank_at(run, arrangement, place), device))
 
 
-def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> _AtWork:
+def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> AtWork:
     micro_batches, rate = arrangement.micro_batches(run), matmul_rate(run, arrangement, device)
     work, traffic = work_of_rank(run, arrangement, rank), traffic_of_work(run, arrangement, rank)
 
@@ -124,17 +125,18 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
         bubble=waiting,
         **exposed,
     )
-    return _AtWork(time, busy * share, busy * (1 - share))
+    return AtWork(time, busy * share, busy * (1 - share))
 
 
-def _of_rank(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> StepTime:
+def step_time_of_place(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> StepTime:
+    """Of the rank at a place of the pipeline."""
     micro_batches, rank = arrangement.micro_batches(run), rank_at(run, arrangement, place)
-    at_work = _at_work(run, arrangement, place, device)
+    passes = at_work(run, arrangement, place, device)
     copied = _moving_seconds(_copied(run, arrangement, rank, micro_batches), device)
     traffic = traffic_of_weights(run, arrangement, rank)
     return replace(
-        at_work.time,
-        dp=copied + _exposed(arrangement, traffic, device, micro_batches, at_work.forward, at_work.backward),
+        passes.time,
+        dp=copied + _exposed(arrangement, traffic, device, micro_batches, passes.forward, passes.backward),
         optimizer=_stepping_seconds(run, arrangement, rank, device),
         host=host_bytes(run, arrangement, rank) / (device.host_gb_per_s * 1e9 * device.link_efficiency),
     )

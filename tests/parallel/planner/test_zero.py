@@ -1,5 +1,6 @@
 """What is planned of DeepSpeed's stages is what its real steps take on this CPU."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,12 @@ from tests.parallel.planner.measured import counted_step, measured_peak
 
 pytest.importorskip("deepspeed")
 CPU, GPU = load_device("cpu"), load_device("h100-80gb")
-MANY_WEIGHTS = {**LLAMA, "d_model": 256, "max_seq_len": 64, "ffn": {"variant": "swiglu", "d_ff": 704}}
+MANY_WEIGHTS: dict[str, Any] = {
+    **LLAMA,
+    "d_model": 256,
+    "max_seq_len": 64,
+    "ffn": {"variant": "swiglu", "d_ff": 704},
+}
 """And few activations."""
 
 
@@ -32,14 +38,15 @@ def zero(
     return arranged(micro, again, engine="deepspeed", deepspeed=section, **{"dp_shard": 4, **more})
 
 
+CASES: list[tuple[str, dict[str, Any], Precision, int, str, int]] = [
+    ("activations", LLAMA, "bf16", 8, "none", 2_000_000),
+    ("weights", MANY_WEIGHTS, "bf16", 4, "full", 200_000),
+    ("fp32", LLAMA, "fp32", 8, "none", 200_000),
+]
 PEAKS: list[tuple[str, dict[str, Any], Precision, int, Arrangement]] = [
     (f"stage {stage}, {name}", model, precision, sequences, zero(stage, again, bucket))
     for stage in range(4)
-    for name, model, precision, sequences, again, bucket in (
-        ("activations", LLAMA, "bf16", 8, "none", 2_000_000),
-        ("weights", MANY_WEIGHTS, "bf16", 4, "full", 200_000),
-        ("fp32", LLAMA, "fp32", 8, "none", 200_000),
-    )
+    for name, model, precision, sequences, again, bucket in CASES
 ]
 PEAKS += [
     ("stage 1, offload", LLAMA, "bf16", 8, zero(1, offload_optimizer="cpu")),
@@ -65,13 +72,12 @@ def test_a_step_sends_what_is_predicted(stage: int) -> None:
     """The second one: in the first stage 3 learns what is used when."""
     run, arrangement = run_of(LLAMA, sequences=8), zero(stage)
     _, sent = counted_step(run, arrangement, before=1)
-    predicted: dict[str, float] = {}
-    for (kind, _), size in bytes_by_kind(
-        traffic_of_rank(run, arrangement, rank_at(run, arrangement, 0))
-    ).items():
-        predicted[kind] = predicted.get(kind, 0.0) + size
-    for kind in {*predicted, *sent}:
-        assert predicted.get(kind, 0.0) == pytest.approx(sent.get(kind, 0.0), rel=0.05, abs=4096), kind
+    rank = rank_at(run, arrangement, 0)
+    predicted: dict[str, float] = defaultdict(float)
+    for (kind, _), size in bytes_by_kind(traffic_of_rank(run, arrangement, rank)).items():
+        predicted[kind] += size
+    for name in {*predicted, *sent}:
+        assert predicted[name] == pytest.approx(sent.get(name, 0.0), rel=0.05, abs=4096), name
 
 
 def test_higher_stages_hold_less() -> None:
@@ -87,9 +93,7 @@ def test_higher_stages_hold_less() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_is_offloaded_is_in_the_hosts_memory(stage: int) -> None:
     run = run_of(MANY_WEIGHTS, sequences=8)
-    here, there = (
-        estimate(run, zero(stage, **offload), GPU) for offload in ({}, {"offload_optimizer": "cpu"})
-    )
+    here, there = (estimate(run, zero(stage, offload_optimizer=where), GPU) for where in ("none", "cpu"))
     assert there.memory.optimizer == 0 and there.memory.weights < here.memory.weights
     assert there.memory.host > here.memory.optimizer > 0 == here.memory.host
     assert there.time.optimizer > here.time.optimizer and there.time.host > 0 == here.time.host
