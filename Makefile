@@ -28,11 +28,14 @@ lint: $(VENV)/.installed
 	ruff format --check .
 	mypy
 
+# two at a time, as many tests start processes of their own; a file's tests share what they set up
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 test: lint
-	pytest
+	pytest $(SIDE_BY_SIDE)
 
 test-quick: $(VENV)/.installed
-	pytest -m 'not slow'
+	pytest $(SIDE_BY_SIDE) -m 'not slow'
 
 prove-layouts: $(VENV)/.installed
 	pytest tests/parallel/test_layouts.py tests/parallel/test_compile.py tests/parallel/test_zero.py \

@@ -72,7 +72,7 @@ def train(config: ModelConfig, rate: float, steps: int, seed: int = 0) -> tuple[
     """Sizes of activations, and the loss of each step."""
     model = build_model(config)
     initialize(model, config, seed)
-    optimizer = make_optimizer(model, OptimizerConfig(lr=rate), config.width_multiplier)
+    optimizer = make_optimizer(model, config, OptimizerConfig(lr=rate))
     sizes: Sizes = defaultdict(list)
     losses = []
     for tokens, targets in batches(steps, seed):

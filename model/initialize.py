@@ -2,6 +2,7 @@
 
 import math
 from hashlib import blake2b
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,11 @@ from model.config import BaseModelConfig
 from model.weights import Init, Weight, declared_weights
 
 ROWS_PER_BLOCK = 128
+
+
+def as_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a parameter as one matrix, in which an expert's rows follow those of the one before."""
+    return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else shape
 
 
 def initial_rows(
@@ -21,28 +27,26 @@ def initial_rows(
     start: int,
     stop: int,
 ) -> Tensor:
-    """Rows [start, stop) of the parameter `name` of `shape`, fp32 on the CPU.
+    """Rows [start, stop), of those of `as_rows`, of the parameter `name` of `shape`, fp32 on the CPU.
 
     Random rows come in blocks of 128, each from a generator of its own, always filled whole: any cut
-    of the rows is bit-equal to the same cut of all of them. A row of a 3-D parameter is an expert's whole
-    matrix, (out, in), and makes a block by itself.
+    of the rows is bit-equal to the same cut of all of them.
     """
-    rest = shape[1:]
+    _, *rest = as_rows(shape)
     if weight.init in ("zeros", "ones"):
         return torch.full((stop - start, *rest), float(weight.init == "ones"), device="cpu")
-    size = 1 if len(shape) == 3 else ROWS_PER_BLOCK
     rows = torch.empty(stop - start, *rest, device="cpu")
     scaled = weight.init == "residual" and config.residual_scaled_init
     shrink = math.sqrt(config.residual_sums(name)) if scaled else 1.0
     if weight.wide_inputs:
         shrink *= config.width_multiplier ** (1.0 if weight.wide == "in" else 0.5)
-    for block in range(start // size, -(-stop // size)):
+    for block in range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK)):
         digest = blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
-        values = torch.empty(size, *rest, device="cpu")
+        values = torch.empty(ROWS_PER_BLOCK, *rest, device="cpu")
         _fill(values, weight.init, shape, config, shrink, generator)
-        first = block * size
-        low, high = max(start, first), min(stop, first + size)
+        first = block * ROWS_PER_BLOCK
+        low, high = max(start, first), min(stop, first + ROWS_PER_BLOCK)
         rows[low - start : high - start] = values[low - first : high - first]
     return rows
 
@@ -73,8 +77,9 @@ def initialize(model: nn.Module, config: BaseModelConfig, seed: int) -> None:
     weights = declared_weights(model)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        for start in range(0, shape[0], ROWS_PER_BLOCK):
-            stop = min(start + ROWS_PER_BLOCK, shape[0])
-            parameter[start:stop] = initial_rows(name, weights[name], shape, config, seed, start, stop)
+        rows = parameter.view(as_rows(shape))
+        for start in range(0, len(rows), ROWS_PER_BLOCK):
+            stop = min(start + ROWS_PER_BLOCK, len(rows))
+            rows[start:stop] = initial_rows(name, weights[name], shape, config, seed, start, stop)
     for buffer in model.buffers():
         buffer.zero_()

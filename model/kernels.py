@@ -38,9 +38,11 @@ class Mask(NamedTuple):
     """For flex, as is score_mod."""
     score_mod: ScoreMod | None = None
     documents: Tensor | None = None
-    """For linear attention: (B, T) int64, contiguous."""
+    """For linear attention, and attention in blocks: (B, T) int64, contiguous."""
     padding: Tensor | None = None
-    """For linear attention and experts: (B, S) bool by place, True at padding."""
+    """For the same and experts: (B, S) bool by place, True at padding."""
+    bias: Tensor | None = None
+    """For attention in blocks: (H, 2T - 1), what is added to the scores, by the distance of key and query + T - 1."""
 
 
 def choose_kernel(config: AttentionConfig, x: Tensor, *, needs_tensor: bool, cached: bool) -> Kernel:

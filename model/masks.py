@@ -5,7 +5,7 @@ Every mask is one predicate over the places of a query and a key; what each kern
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from model.section import known
 
 Predicate = Callable[[Any, Any], Any]
 """(query's place, key's place), integers or tensors of them that broadcast -> whether the query sees the key."""
+
+Sight = Literal["none", "all", "causal", "some"]
+"""causal: each query sees the keys up to its own; some: only the predicate says which."""
 
 
 def _causal(query: Any, key: Any) -> Any:
@@ -122,11 +125,12 @@ def make_mask(
         return Mask("flex", block_mask=block_mask, score_mod=score_mod)
     if flagged:
         return Mask(kernel, is_causal=is_causal and not sees_all)
-    seen = _dense(allowed_pairs(config, documents, padding), queries, keys, x, documents, padding)
+    seen = dense(config, queries, keys, x, documents, padding)
     if bias is None:
         return Mask(kernel, tensor=seen)
     assert heads is not None
-    return Mask(kernel, tensor=_dense_bias(bias, heads, queries, keys, x).masked_fill(~seen, -torch.inf))
+    added = dense_bias(bias_by_distance(bias, heads, queries, keys, x), len(keys)).unsqueeze(0)
+    return Mask(kernel, tensor=added.masked_fill(~seen, -torch.inf))
 
 
 def _is_causal(config: AttentionConfig, length: int) -> bool:
@@ -146,15 +150,16 @@ def _fixed_block_mask(config: AttentionConfig, length: int, device: torch.device
     return flex_block_mask(allowed_pairs(config, None, None), None, length, device)
 
 
-def _dense(
-    allowed: Allowed,
+def dense(
+    config: AttentionConfig,
     queries: range,
     keys: range,
     x: Tensor,
     documents: Tensor | None,
     padding: Tensor | None,
 ) -> Tensor:
-    """(T, S) bool, or (B, 1, T, S) where the rows of the batch differ."""
+    """(T, S) bool on the device of x (B, ...), or (B, 1, T, S) where the rows of the batch differ: True where seen."""
+    allowed = allowed_pairs(config, documents, padding)
     query = torch.arange(queries.start, queries.stop, device=x.device).unsqueeze(1)
     key = torch.arange(keys.start, keys.stop, device=x.device)
     if documents is None and padding is None:
@@ -163,13 +168,33 @@ def _dense(
     return allowed(row, query, key).unsqueeze(1)
 
 
-def _dense_bias(bias: Bias, heads: range, queries: range, keys: range, x: Tensor) -> Tensor:
-    """(1, H, T, S) in the dtype of x: one value for each distance, repeated along the diagonals."""
+def bias_by_distance(bias: Bias, heads: range, queries: range, keys: range, x: Tensor) -> Tensor:
+    """(H, T + S - 1) in the dtype of x: what is added to scores, from the first key less the last query on."""
     head = torch.arange(heads.start, heads.stop, device=x.device).unsqueeze(1)
     distance = torch.arange(keys.start - queries.stop + 1, keys.stop - queries.start, device=x.device)
-    diagonals = bias(head, distance).to(x.dtype)
+    return bias(head, distance).to(x.dtype)
+
+
+def dense_bias(by_distance: Tensor, keys: int) -> Tensor:
+    """(H, T + S - 1), by distance, -> (H, T, S), each value repeated along its diagonal."""
     # the window that starts at s belongs to the query T - 1 - s
-    return diagonals.unfold(1, len(keys), 1).flip(1).unsqueeze(0)
+    return by_distance.unfold(1, keys, 1).flip(1)
+
+
+def sight(config: AttentionConfig, queries: range, keys: range) -> Sight:
+    """How much of a block of queries and keys the configured mask shows."""
+    if config.mask_type == "bidirectional":
+        return "all"
+    bound = reach(config)
+    if keys.start >= queries.stop or (bound is not None and queries.start - keys.stop + 1 >= bound):
+        return "none"
+    if config.mask_type not in ("causal", "sliding_window"):
+        return "some"
+    window = config.window_size or queries.stop
+    if queries == keys and len(keys) <= window:
+        return "causal"
+    is_whole = keys.stop <= queries.start + 1 and queries.stop - keys.start <= window
+    return "all" if is_whole else "some"
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,13 +12,15 @@ from model.cache import KeyValueCache
 from model.config import LossConfig, ModelConfig, MoEConfig, known
 from model.cost import Cost, linear_cost
 from model.cross_attention import Memory
+from model.kernels import Mask
 from model.loss import CROSS_ENTROPY, IGNORE_INDEX, mean_loss
 from model.masks import make_mask
 from model.model import Model
 from model.moe import MoE, add_gradient_of, auxiliary_sum
 from model.norms import NORMS
-from model.part import Part
+from model.part import Part, Runs, joined, pieces
 from model.positions import POSITIONS, places_in_documents
+from model.rope import Rotation
 from model.router import Routing
 from model.vocabulary import Vocabulary
 from model.weights import Weight
@@ -41,6 +43,8 @@ class Stack(nn.Module):
 
     config: ModelConfig
     blocks: nn.ModuleList
+    mask: Callable[..., Mask] = staticmethod(make_mask)
+    """What the blocks are told of which tokens see which, made as `make_mask` does."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -74,22 +78,26 @@ class Stack(nn.Module):
             if document_ids is not None:
                 raise ValueError("document_ids can't go with a cache, which holds one document in each row")
             padding = cache.add_padding(padding, embeddings[..., 0])
-        offset = _first_place(part, cache)
-        x = self._enter(embeddings, offset, document_ids, padding, prefix)
+        runs = _runs(embeddings.shape[1], part, cache)
+        x = self._enter(embeddings, runs, document_ids, padding, prefix)
         hidden = self._through_blocks(x, cache, document_ids, padding, part, memories)
         return self._leave(hidden, 0 if prefix is None else prefix.shape[1])
 
     def _enter(
         self,
         embeddings: Tensor,
-        offset: int = 0,
+        runs: Runs | None = None,
         document_ids: Tensor | None = None,
         padding: Tensor | None = None,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings (B, T, D) of tokens from place `offset` on -> what enters the first block."""
-        places = places_in_documents(embeddings.shape[1], offset, document_ids, padding)
-        x = self.positions.embed(embeddings, offset, places)
+        """Embeddings (B, T, D) of tokens at the places of runs, else of all -> what enters the first block."""
+        runs = runs or _runs(embeddings.shape[1])
+        placed = []
+        for run, piece in zip(runs, pieces(embeddings, runs), strict=True):
+            places = places_in_documents(len(run), run.start, document_ids, padding)
+            placed.append(self.positions.embed(piece, run.start, places))
+        x = joined(placed, dim=1)
         if prefix is not None:
             x = torch.cat((prefix, x), dim=1)
         if self.embedding_norm is not None:
@@ -112,10 +120,10 @@ class Stack(nn.Module):
     ) -> Hidden:
         """What enters the first block, (B, T, D) -> what leaves the last."""
         routings: list[Routing] = []
-        offset = _first_place(part, cache)
-        rotation = self.positions.rotation(x, offset)
-        queries = range(offset, offset + x.shape[1]) if part is None else range(part.length)
-        mask = make_mask(
+        runs = _runs(x.shape[1], part, cache)
+        rotation = self._rotation(x, runs)
+        queries = runs[0] if part is None else range(part.length)
+        mask = self.mask(
             self.config.attention,
             queries,
             queries if cache is None else cache.keys(x.shape[1]),
@@ -137,11 +145,25 @@ class Stack(nn.Module):
                     cast(MoE, block.feedforward).record(routing)
         return Hidden(x, routings)
 
+    def _rotation(self, x: Tensor, runs: Runs) -> Rotation | None:
+        """How queries and keys of tokens (B, T, D) at the places of runs turn."""
+        made = [
+            self.positions.rotation(piece, run.start)
+            for run, piece in zip(runs, pieces(x, runs), strict=True)
+        ]
+        turning = [rotation for rotation in made if rotation is not None]
+        if not turning:
+            return None
+        cos, sin = zip(*turning, strict=True)
+        return joined(cos, dim=0), joined(sin, dim=0)
 
-def _first_place(part: Part | None, cache: KeyValueCache | None) -> int:
+
+def _runs(length: int, part: Part | None = None, cache: KeyValueCache | None = None) -> Runs:
+    """The places of so many tokens."""
     if part is not None:
-        return part.start
-    return 0 if cache is None else cache.length
+        return part.runs
+    first = 0 if cache is None else cache.length
+    return (range(first, first + length),)
 
 
 class Trunk(Stack, Model):
@@ -324,7 +346,7 @@ class Transformer(Trunk):
     ) -> Tensor:
         """What of loss_sum comes before the blocks, which are not told the targets."""
         embeddings = self.embed(tokens if part is None else part.of(tokens))
-        return self._enter(embeddings, _first_place(part, None), document_ids, padding)
+        return self._enter(embeddings, None if part is None else part.runs, document_ids, padding)
 
     @staticmethod
     def cost(config: ModelConfig, seq_len: int) -> Cost:

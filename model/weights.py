@@ -8,6 +8,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 
+from model.config import BaseModelConfig
+
 Sharding = Literal[
     "replicated",
     "column",
@@ -52,6 +54,10 @@ class Weight:
     def wide_inputs(self) -> bool:
         """Whether it sums over a number of inputs that grows with the model's width."""
         return self.init in ("normal", "residual") and self.wide != "out"
+
+    def rate(self, config: BaseModelConfig) -> float:
+        """Its part of the learning rate, smaller the more inputs it sums over (`mup`)."""
+        return 1.0 / config.width_multiplier if self.wide_inputs else 1.0
 
 
 @runtime_checkable

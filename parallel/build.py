@@ -80,13 +80,14 @@ class Blueprint:
             share_experts(model, cuts, mesh.ep)
         for module in model.modules():
             if isinstance(module, Positions):
-                _share_heads(module, mesh)
+                _share_heads(module, mesh, all_tokens=self.parallel.cp_method == "heads")
         return cuts
 
 
-def _share_heads(positions: Positions, mesh: Mesh) -> None:
-    """A bias on the scores is made for the heads that this rank has."""
+def _share_heads(positions: Positions, mesh: Mesh, *, all_tokens: bool) -> None:
+    """A bias on the scores is made for the heads that this rank has; all_tokens: and has all tokens of, under cp."""
     start, stop = share(len(positions.heads), mesh.tp)
     positions.heads, positions.first_row = range(start, stop), start
-    start, stop = share(len(positions.heads), mesh.cp) if mesh.layout.cp > 1 else (0, stop - start)
-    positions.part_heads = positions.heads[start:stop]
+    positions.part_heads = positions.heads
+    if all_tokens and mesh.layout.cp > 1:
+        positions.part_heads = positions.heads[slice(*share(len(positions.heads), mesh.cp))]

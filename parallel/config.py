@@ -9,6 +9,7 @@ from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.config import DeepSpeedConfig
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64", "fp8"]
+ContextMethod = Literal["heads", "ring"]
 RecomputeMode = Literal["none", "selective", "full", "every_nth", "auto"]
 
 
@@ -33,10 +34,16 @@ class ParallelConfig(BaseModel):
     """interleaved schedules: stages of consecutive layers that a rank has. Unset: 2, and 1 for gpipe and 1f1b."""
     cp: int = Field(1, ge=1)
     """Ranks among which the tokens of every sequence are shared out."""
+    cp_method: ContextMethod = "heads"
+    """How tokens of different ranks meet in attention. heads: each rank gets all tokens of some of the heads. ring:
+    keys and values go from rank to rank, so that ranks may be more than heads."""
     tp: int = Field(1, ge=1)
     """Ranks among which every layer's heads and features, and the vocabulary, are shared out."""
     sequence_parallel: bool = True
     """With tp: between attention and feed-forward the ranks work on different tokens, and not all on all."""
+    async_tp: bool = False
+    """With sequence_parallel and compile.enabled, on GPUs that reach each other's memory: gathers and scatters of
+    tokens in pieces, during the products beside them."""
     ep: int = Field(1, ge=1)
     """Ranks among which experts are shared out. They are some of dp_shard x cp, so ep divides these."""
     reshard_after_forward: bool = True
@@ -49,6 +56,16 @@ class ParallelConfig(BaseModel):
         if self.dp_shard != -1 and self.dp_shard < 1:
             raise ValueError(
                 f"parallel.dp_shard={self.dp_shard}: give a positive number, or -1 for what is left"
+            )
+        if self.async_tp and self.tp == 1:
+            raise ValueError(
+                "parallel.async_tp=true, but parallel.tp=1 has no collectives beside products: use parallel.tp=2 or "
+                "more, or parallel.async_tp=false"
+            )
+        if self.async_tp and not self.sequence_parallel:
+            raise ValueError(
+                "parallel.async_tp=true, but parallel.sequence_parallel=false sums whole activations, which aren't cut "
+                "in pieces: use parallel.sequence_parallel=true, or parallel.async_tp=false"
             )
         if self.stages_per_rank is None:
             object.__setattr__(self, "stages_per_rank", 2 if self.pp_schedule in MANY_STAGES else 1)

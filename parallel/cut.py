@@ -4,7 +4,7 @@ A parameter is cut over tensor- or expert-parallel ranks first, which leaves eac
 FSDP2 then shards that. A `DTensor` view of the local shard says both, for initialization, norms and checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -70,6 +70,15 @@ def declarations(model: nn.Module) -> list[Declared]:
         path, _, attribute = name.rpartition(".")
         found.append(Declared(name, model.get_submodule(path), attribute, weight))
     return found
+
+
+def expert_shard_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dimension in which FSDP2 shards experts' parameters over so many ranks; shape (X, ...), X those of a rank.
+
+    Whole experts where each rank gets as many. Some would have none else, and gathers as much padding, so each gets
+    a part of every expert, if the parts are equal: FSDP2 takes no others in any dimension but the first.
+    """
+    return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
 def keep_share(owner: nn.Module, name: str, dim: int, rank: int, ranks: int) -> None:

@@ -20,7 +20,8 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.passes import Passes
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+MakeOptimizer = Callable[[nn.Module, BaseModelConfig], torch.optim.Optimizer]
+"""Makes an optimizer of the parameters of a model, or of stages of it, of this configuration."""
 
 Fill = Callable[[dict[str, Tensor]], None]
 """Fills the given tensors in place, each by its name."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from model.attention_config import AttentionConfig
 from model.config import BaseModelConfig, ModelConfig, known
 from model.encoder_decoder.config import EncoderDecoderConfig
-from parallel.config import ParallelConfig, Precision, RecomputeMode
+from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.sizes import format_bytes
@@ -33,7 +34,7 @@ def check_fit(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
     if layout.tp > 1:
         _check_tensor(layout.tp, model)
     if layout.cp > 1:
-        _check_context(layout, model, seq_len)
+        _check_context(layout, parallel, model, seq_len)
     if layout.ep > 1:
         _check_experts(layout.ep, model)
 
@@ -115,6 +116,45 @@ def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
         )
 
 
+def check_async_tp(
+    layout: Layout,
+    parallel: ParallelConfig,
+    compilation: CompileConfig,
+    precision: Precision,
+    model: BaseModelConfig,
+    seq_len: int,
+) -> None:
+    """Raises LayoutError where the compiler would find no product beside a collective that it knows."""
+    if not parallel.async_tp:
+        return
+    checks: tuple[tuple[bool, str, str], ...] = (
+        (not compilation.enabled, "the compiler does it, and compile.enabled=false", "compile.enabled=true"),
+        (parallel.engine == "deepspeed", "it is of parallel.engine=torch", "that"),
+        (precision == "fp8", "precision=fp8 has products of its own", "precision=bf16"),
+        (
+            seq_len % layout.tp != 0,
+            f"parallel.tp={layout.tp} doesn't divide sequences of {seq_len} tokens, which are padded then",
+            f"parallel.tp={_nearest(layout.tp, lambda tp: seq_len % tp == 0)}",
+        ),
+        *(
+            (
+                biased,
+                f"model.{section}.bias=true has sums that are made with the products",
+                f"model.{section}.bias=false",
+            )
+            for section, biased in _biases(model)
+        ),
+    )
+    for refused, why, works in checks:
+        if refused:
+            raise LayoutError(f"parallel.async_tp=true: {why}: use {works}, or parallel.async_tp=false")
+
+
+def _biases(model: BaseModelConfig) -> list[tuple[str, bool]]:
+    """Whether the linear layers of blocks have biases, by their section."""
+    return [(name, bool(getattr(getattr(model, name, None), "bias", False))) for name in ("attention", "ffn")]
+
+
 def check_recomputation(layout: Layout, parallel: ParallelConfig, mode: RecomputeMode) -> None:
     """Raises LayoutError where a schedule can't have what was computed be computed again so."""
     if layout.pp > 1 and "zero_bubble" in parallel.pp_schedule and mode in ("selective", "auto"):
@@ -176,13 +216,40 @@ def _check_tensor(tp: int, model: ModelConfig) -> None:
             )
 
 
-def _check_context(layout: Layout, model: ModelConfig, seq_len: int) -> None:
+def _check_context(layout: Layout, parallel: ParallelConfig, model: ModelConfig, seq_len: int) -> None:
     cp = layout.cp
     if model.type not in SPLITS_SEQUENCES:
         raise LayoutError(
             f"parallel.cp={cp}: a model of type {model.type} can't work on a part of a sequence: use parallel.cp=1, "
             f"and parallel.tp for long sequences"
         )
+    if parallel.cp_method == "ring":
+        _check_ring(cp, model.attention, seq_len)
+    else:
+        _check_heads(layout, model, seq_len)
+
+
+def _check_ring(cp: int, attention: AttentionConfig, seq_len: int) -> None:
+    if attention.variant == "linear":
+        raise LayoutError(
+            "parallel.cp_method=ring puts softmaxes over parts of the keys together, and "
+            "model.attention.variant=linear has none: use parallel.cp_method=heads"
+        )
+    if attention.kernel == "flex":
+        raise LayoutError(
+            "parallel.cp_method=ring goes block by block, which model.attention.kernel=flex can't: use "
+            "model.attention.kernel=auto, or parallel.cp_method=heads"
+        )
+    if seq_len % (2 * cp):
+        nearest = _nearest(cp, lambda ranks: seq_len % (2 * ranks) == 0)
+        raise LayoutError(
+            f"parallel.cp={cp} with parallel.cp_method=ring gives each rank two runs of a sequence, and {seq_len} "
+            f"tokens are no {2 * cp} equal runs: use parallel.cp={nearest}"
+        )
+
+
+def _check_heads(layout: Layout, model: ModelConfig, seq_len: int) -> None:
+    cp = layout.cp
     heads = model.attention.num_heads // layout.tp
     kv_heads = max(1, known(model.attention.num_kv_heads) // layout.tp)
 
@@ -190,9 +257,11 @@ def _check_context(layout: Layout, model: ModelConfig, seq_len: int) -> None:
         return heads % ranks == 0 and _shares(kv_heads, ranks)
 
     if not heads_fit(cp):
+        goes_round = model.attention.variant != "linear" and seq_len % (2 * cp) == 0
+        ring = ", or parallel.cp_method=ring" if goes_round else ""
         raise LayoutError(
             f"parallel.cp={cp} can't share out the {heads} heads and {kv_heads} kv heads that model.attention has on "
-            f"each rank (parallel.tp={layout.tp}): use parallel.cp={_nearest(cp, heads_fit)}"
+            f"each rank (parallel.tp={layout.tp}): use parallel.cp={_nearest(cp, heads_fit)}{ring}"
         )
     if seq_len % cp:
         raise LayoutError(

@@ -15,11 +15,13 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from model.experts import Experts
 from parallel.config import ParallelConfig, Precision
+from parallel.cut import expert_shard_dim
 from parallel.mesh import Mesh
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
@@ -50,9 +52,9 @@ def shard(
 ) -> ShardedModel:
     """Shard every layer, then what else is in the root (embedding, last norm, head), in place.
 
-    Experts that ranks share out are sharded over those that have the same ones. Gradients are summed over the
-    ranks, not averaged: the loss is already divided by the global number of targets. Inputs are not cast:
-    embeddings come out in the compute dtype, rotations stay in fp32.
+    Experts that ranks share out are sharded over those that have the same ones; see `expert_shard_dim` for how.
+    Gradients are summed over the ranks, not averaged: the loss is already divided by the global number of targets.
+    Inputs are not cast: embeddings come out in the compute dtype, rotations stay in fp32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPE[precision], reduce_dtype=master_dtype(precision), cast_forward_inputs=False
@@ -61,9 +63,22 @@ def shard(
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
 
+    modules = [module for layer in layers for module in layer.modules()]
+    of_experts = {p for module in modules if isinstance(module, Experts) for p in module.parameters()}
+
     def shard_over(over: DeviceMesh, module: nn.Module, reshard: bool | None = None) -> FSDPModule:
+        def placement(parameter: nn.Parameter) -> Shard | None:
+            return (
+                Shard(expert_shard_dim(parameter.shape, over.shape[-1])) if parameter in of_experts else None
+            )
+
         return fully_shard(
-            module, mesh=over, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard
+            module,
+            mesh=over,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=reshard,
+            shard_placement_fn=placement,
         )
 
     # in a pipeline every micro-batch would gather them anew

@@ -1,7 +1,7 @@
 """Initial weights of a sharded model: each rank generates the rows that it owns, and no others."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -35,11 +35,18 @@ def initialize_shards(model: nn.Module, config: BaseModelConfig, cuts: Cuts, mes
         )
         if 0 in shape:
             continue
-        rows = initial_rows(
-            name, weights[name], tuple(whole.shape), config, seed, offset[0], offset[0] + shape[0]
-        )
-        for dim in range(1, whole.dim()):
-            rows = rows.narrow(dim, offset[dim], shape[dim])
-        whole.to_local().copy_(rows)
+        (first, *column), (count, *width) = offset[-2:], shape[-2:]
+        for above, matrix in _matrices(whole, offset[0]):
+            start = above + first
+            rows = initial_rows(name, weights[name], tuple(whole.shape), config, seed, start, start + count)
+            matrix.copy_(rows.narrow(1, *column, *width) if column else rows)
     for buffer in model.buffers():
         buffer.zero_()
+
+
+def _matrices(whole: DTensor, expert: int) -> list[tuple[int, Tensor]]:
+    """The local shard, or of experts, the first of which is told, each by itself; and how many rows are above it."""
+    local = whole.to_local()
+    if whole.dim() < 3:
+        return [(0, local)]
+    return [((expert + index) * whole.shape[1], matrix) for index, matrix in enumerate(local)]

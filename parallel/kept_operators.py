@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import model.grouped  # noqa: F401  it makes trireme::grouped_linear
+import parallel.ring  # noqa: F401  it makes trireme::ring_attention
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
 
@@ -28,6 +29,7 @@ ATTENTION = (
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
+    torch.ops.trireme.ring_attention.default,
 )
 
 COLLECTIVES = (

@@ -78,7 +78,7 @@ class Stage(nn.Module):
     def activation(self, length: int) -> tuple[int, int]:
         """T and D of what goes from stage to stage of sequences of `length`."""
         if self.context is not None and self.context.part is not None:
-            length = self.context.part.stop - self.context.part.start
+            length = self.context.part.size
         return length + self.model.prefix_length, self.model.config.d_model
 
 

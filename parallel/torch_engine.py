@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import LaidOut, lay_out
-from parallel.context import Context
+from parallel.context import Context, context_of
 from parallel.cut import holders, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.fp8 import check_device
@@ -41,7 +41,7 @@ class TorchEngine(Engine):
         self.seed = config.seed
         self.mesh = mesh
         self.max_grad_norm = config.max_grad_norm
-        context = Context(mesh.cp) if mesh.layout.cp > 1 else None
+        context = context_of(config.parallel, mesh)
         laid_out = self._lay_out(config, context)
         self.cuts = laid_out.cuts
         self.budgeted = laid_out.budgeted
@@ -62,23 +62,13 @@ class TorchEngine(Engine):
             name: holders(cast(DTensor, parameter), self.cuts[name], mesh)
             for name, parameter in self.parameters.items()
         }
-        self.optimizer = make_optimizer(self.model)
+        self.optimizer = make_optimizer(self.model, config.model)
         # where gradients are: with offload, on the host
         gradient_device = torch.device("cpu") if parallel.cpu_offload else device
         self.loss_scale = LossScale(gradient_device, enabled=precision == "fp16")
 
     def _lay_out(self, config: EngineConfig, context: Context | None) -> LaidOut:
-        return lay_out(
-            config.model,
-            config.parallel,
-            config.precision,
-            config.activation_checkpoint,
-            config.compile,
-            self.mesh,
-            context,
-            config.seed,
-            micro_batch=(config.micro_batch_size, config.seq_len),
-        )
+        return lay_out(config, self.mesh, context)
 
     def _share_parameters(self) -> SharedParameters:
         return SharedParameters(self.parameters, self.mesh.pp)

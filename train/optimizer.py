@@ -5,23 +5,24 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from model.config import BaseModelConfig
 from model.weights import declared_weights
 from train.config import OptimizerConfig
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, width_multiplier: float = 1.0
+    model: nn.Module, model_config: BaseModelConfig, config: OptimizerConfig
 ) -> torch.optim.AdamW:
     """Fused AdamW. Linear weights and embeddings decay; biases, norms and the like don't.
 
-    width_multiplier: of the model's configuration; weights that sum over a wide model's inputs learn so many times
-    slower, and decay at the same rate as the others. Such groups have their part of the learning rate as `lr_scale`.
+    Weights that learn slower by their `rate` decay as fast as the others. Such groups have their part of the learning
+    rate as `lr_scale`.
     """
     declared = declared_weights(model)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         weight = declared[name]
-        groups[weight.decays, 1 / width_multiplier if weight.wide_inputs else 1.0].append(parameter)
+        groups[weight.decays, weight.rate(model_config)].append(parameter)
     return torch.optim.AdamW(
         [
             {

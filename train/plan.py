@@ -29,6 +29,7 @@ LAYOUT_KEYS = (
     *("reshard_after_forward", "sequence_parallel", "engine", "cpu_offload"),
 )
 PIPELINE_KEYS = ("pp_schedule", "stages_per_rank")
+CONTEXT_KEYS = ("cp_method",)
 UNUSED = ("data.path=unused", "run.wall_time=1h", "schedule.total_steps=1000000000")
 """A plan reads no data; and a run without an end has the tokens that are best for its size."""
 
@@ -172,7 +173,12 @@ def run_facts(config: Config) -> RunFacts:
     if model.vocab_size is None:
         raise ConfigError("a plan must know the vocabulary: set model.vocab_size, 32000 for example")
     return RunFacts(
-        model, model.max_seq_len, config.data.global_batch_size, config.precision, config.compile.enabled
+        model,
+        model.max_seq_len,
+        config.data.global_batch_size,
+        config.precision,
+        config.compile.enabled,
+        config.parallel.cp_method,
     )
 
 
@@ -239,7 +245,8 @@ def overrides_of(found: Estimate, config: Config) -> list[str]:
         "stages_per_rank": ParallelConfig(pp_schedule=parallel.pp_schedule).stages_per_rank
     }
     keys: dict[str, object] = {}
-    for name in (*LAYOUT_KEYS, *(PIPELINE_KEYS if parallel.pp > 1 else ())):
+    more = *(PIPELINE_KEYS if parallel.pp > 1 else ()), *(CONTEXT_KEYS if parallel.cp > 1 else ())
+    for name in (*LAYOUT_KEYS, *more):
         value = getattr(parallel, name)
         differs = name in given.model_fields_set and getattr(given, name) != value
         if value != defaults[name] or differs:

@@ -91,7 +91,7 @@ def _axes(
         axis.set_xlabel("seconds")
     else:
         title += f"; its first and last {format_seconds(window)}"
-        marks = [0.0, window / 2, window]
+        marks = [0.0, window / 2]
         axis.set_xticks(
             [*marks, *(width - mark for mark in reversed(marks))],
             [*(f"{mark:.3g}" for mark in marks), *(f"{length - mark:.4g}" for mark in reversed(marks))],

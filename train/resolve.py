@@ -16,7 +16,14 @@ from model.config import ModelConfig
 from model.encoder_decoder.config import EncoderDecoderConfig
 from model.image_codes.config import ImageCodesConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_budget, check_fit, check_fp8, check_micro_batches, check_recomputation
+from parallel.fit import (
+    check_async_tp,
+    check_budget,
+    check_fit,
+    check_fp8,
+    check_micro_batches,
+    check_recomputation,
+)
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.zero.config import library_config
 from parallel.zero.fit import check_zero
@@ -84,6 +91,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     check_recomputation(layout, config.parallel, config.activation_checkpoint.mode)
     check_fp8(layout, config.parallel, config.model, config.precision)
     check_zero(layout, config.parallel, config.precision, config.compile)
+    check_async_tp(layout, config.parallel, config.compile, config.precision, config.model, dataset.seq_len)
     budget, micro_batch = config.activation_checkpoint.memory_budget, config.data.micro_batch_size
     shape = micro_batch, dataset.seq_len
     check_budget(layout, config.parallel, config.precision, config.model, budget, shape)

@@ -20,6 +20,7 @@ from parallel.hardware import peak_flops
 from train import checkpoint, checkpoint_folder
 from train.agree import on_first_rank
 from train.checkpoint_folder import Progress
+from train.config import Config
 from train.evaluate import validation_loss
 from train.faults.health import Health
 from train.faults.memory import out_of_memory
@@ -114,8 +115,14 @@ def _announce(plan: Plan, engine: Engine, start: int) -> None:
 
 def engine_of(plan: Plan, device: torch.device) -> Engine:
     """The engine of the configuration, with initial weights."""
-    config = plan.config
-    settings = EngineConfig(
+    settings = engine_config(plan.config, plan.dataset.seq_len)
+    make = partial(make_optimizer, config=plan.config.optimizer)
+    return make_engine(settings, plan.layout, device, make)
+
+
+def engine_config(config: Config, seq_len: int) -> EngineConfig:
+    """What an engine is told of a run's configuration, and of its data the length of sequences, in tokens."""
+    return EngineConfig(
         config.model,
         config.parallel,
         config.precision,
@@ -123,13 +130,9 @@ def engine_of(plan: Plan, device: torch.device) -> Engine:
         config.compile,
         micro_batch_size=config.data.micro_batch_size,
         global_batch_size=config.data.global_batch_size,
-        seq_len=plan.dataset.seq_len,
+        seq_len=seq_len,
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.run.seed,
-    )
-    width = config.model.width_multiplier
-    return make_engine(
-        settings, plan.layout, device, lambda model: make_optimizer(model, config.optimizer, width)
     )
 
 

@@ -62,7 +62,7 @@ class ImageCodes(Trunk):
     ) -> Tensor:
         """What of loss_sum comes before the blocks, which are not told the targets."""
         embeddings = self._embed(tokens if part is None else part.of(tokens), classes)
-        return self._enter(embeddings, 0 if part is None else part.start)
+        return self._enter(embeddings, None if part is None else part.runs)
 
     def example(self, batch: int, length: int) -> dict[str, Tensor]:
         classes = {} if self.classes is None else {"classes": torch.zeros(batch, dtype=torch.int64)}

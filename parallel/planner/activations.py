@@ -185,7 +185,8 @@ def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, devic
     key = shape.tokens * shape.kv_heads * head * parts * a
     value, mixed = key / parts, query / parts
     # where ranks of cp are more than kv heads, these are repeated
-    repeated = max(1.0, layout.cp / shape.kv_heads)
+    to_heads = layout.cp > 1 and not arrangement.in_ring
+    repeated = max(1.0, layout.cp / shape.kv_heads) if to_heads else 1.0
     together = query + (key + value) * repeated + mixed + shape.tokens * shape.heads * WIDE
     inside = shape.tokens * model.d_model * a
     own = shape.own_tokens * model.d_model * a
@@ -193,12 +194,12 @@ def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, devic
     if config.qk_norm:
         wide = 1.0 if device == "cuda" else (2 * WIDE / a if a < WIDE else 2.0)
         normed = (query + key) * wide
-    exchanged = mixed if layout.cp > 1 else 0.0
+    exchanged = mixed if to_heads else 0.0
     entering = shape.entering(inside, 3) + (mixed / a if shape.eight_bits else 0.0)
     products = query + key + value + mixed + shape.tokens * shape.heads * WIDE + inside
     collectives = inside + own if layout.tp > 1 else 0.0
-    # under cp the exchanges of queries, keys, values and of what comes back are kept, too
-    collectives += together if layout.cp > 1 else 0.0
+    # the exchanges of queries, keys, values and of what comes back are kept, too
+    collectives += together if to_heads else 0.0
     working = inside + 2 * (query + key + value) + shape.quantizing(inside)
     return _Part(entering + together + normed + exchanged, products + collectives, working)
 

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from model.config import ModelConfig
-from parallel.config import ActivationCheckpointConfig, ParallelConfig, Precision
+from parallel.config import ActivationCheckpointConfig, ContextMethod, ParallelConfig, Precision
 from parallel.fit import BYTES
 from parallel.layout import SIZES, Layout
 from parallel.planner.parameters import Inventory, take_inventory
@@ -26,6 +26,8 @@ class RunFacts:
     """Sequences of a step."""
     precision: Precision = "bf16"
     compiled: bool = False
+    cp_method: ContextMethod = "heads"
+    """Of the layouts that are searched."""
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -88,10 +90,15 @@ class Arrangement:
     def share_of_work(self) -> tuple[Hashable, ...]:
         """All that says how much of a layer's work on a micro-batch is a rank's."""
         layout, again = self.layout, self.activation_checkpoint
-        shared = self.parallel.sequence_parallel
-        cut = self.parallel.engine, layout.cp, layout.tp, layout.ep, shared
+        shared, method = self.parallel.sequence_parallel, self.parallel.cp_method
+        cut = self.parallel.engine, layout.cp, method, layout.tp, layout.ep, shared
         how = again if again.mode == "auto" else (again.mode, again.n)
         return *cut, self.micro_batch_size, how
+
+    @property
+    def in_ring(self) -> bool:
+        """Whether keys and values go from rank to rank."""
+        return self.layout.cp > 1 and self.parallel.cp_method == "ring"
 
     @property
     def offloads(self) -> bool:

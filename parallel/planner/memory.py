@@ -96,6 +96,10 @@ def _passes(
             activations=kept - layer.kept + layer.in_attention,
             logits=after_loss,
         )
+        # experts' whole gradients, the last of which may be there in two orders, and what they are reduced in
+        if expert:
+            gradients = (expert + layer.last_product) * a
+            yield replace(in_attention, gathered=at_work + gradients + own_reducing)
         for now in (in_feedforward, in_attention):
             yield now
             if rank.layers > 1:

@@ -13,7 +13,7 @@ from model.config import ModelConfig, known
 from model.transformer import Trunk
 from model.weights import Sharding
 from parallel.collectives import share_of
-from parallel.cut import DIM, declarations
+from parallel.cut import DIM, declarations, expert_shard_dim
 from parallel.layout import Layout
 
 
@@ -113,7 +113,7 @@ def take_inventory(config: ModelConfig) -> Inventory:
 
 
 def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, shares_tokens: bool) -> Held:
-    """What the rank with the most holds of parameters, cut over tp or ep and then sharded by rows.
+    """What the rank with the most holds of parameters, cut over tp or ep and then sharded.
 
     shares_tokens: tensor-parallel ranks compute the gradient of what they all have on different tokens.
     """
@@ -128,7 +128,7 @@ def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, shar
         cut = list(shape)
         if dim is not None:
             cut[dim] = _most(shape[dim], layout.tp)
-        shard = _rows(cut, layout.shard_size)
+        shard = _shard(cut, 0, layout.shard_size)
         partial = layout.tp > 1 and dim is None and (shares_tokens or sharding != "replicated")
         total += Held(prod(cut), shard, partial=shard if partial else 0)
     return total
@@ -136,7 +136,8 @@ def held(parameters: Iterable[Parameter], layout: Layout, kv_heads: int, *, shar
 
 def _held_experts(shape: tuple[int, ...], layout: Layout) -> Held:
     cut = [shape[0] // layout.ep, *shape[1:]]
-    shard = _rows(cut, layout.shard_size // layout.ep)
+    ranks = layout.shard_size // layout.ep
+    shard = _shard(cut, expert_shard_dim(cut, ranks), ranks)
     partial = shard if layout.tp > 1 else 0
     if layout.ep == 1:
         return Held(prod(cut), shard, partial=partial)
@@ -148,6 +149,6 @@ def _most(size: int, ranks: int) -> int:
     return stop - start
 
 
-def _rows(shape: list[int], ranks: int) -> int:
-    """Elements of a shard: FSDP2 shards rows, and pads the last ranks' share."""
-    return _most(shape[0], ranks) * prod(shape[1:])
+def _shard(shape: list[int], dim: int, ranks: int) -> int:
+    """Elements of a shard; FSDP2 pads the last ranks'."""
+    return prod(shape) // shape[dim] * _most(shape[dim], ranks)

@@ -156,8 +156,8 @@ def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
 
 def _possible(run: RunFacts, layout: Layout) -> bool:
     try:
-        check_fit(layout, _parallel(layout), run.model, run.seq_len)
-        check_fp8(layout, _parallel(layout), run.model, run.precision)
+        check_fit(layout, _parallel(run, layout), run.model, run.seq_len)
+        check_fp8(layout, _parallel(run, layout), run.model, run.precision)
     except LayoutError:
         return False
     return True
@@ -170,6 +170,7 @@ def _expert_sizes(run: RunFacts, layout: Layout) -> list[int]:
 
 
 def _parallel(
+    run: RunFacts,
     layout: Layout,
     schedule: Schedule = "1f1b",
     stages: int = 1,
@@ -183,6 +184,7 @@ def _parallel(
         dp_replicate=layout.dp_replicate,
         dp_shard=layout.dp_shard,
         cp=layout.cp,
+        cp_method=run.cp_method,
         tp=layout.tp,
         pp=layout.pp,
         ep=layout.ep,
@@ -198,11 +200,11 @@ def _variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iterator[
         yield from _zero_variants(run, layout, given)
         return
     if layout.pp == 1:
-        yield _parallel(layout, given=given)
-        yield _parallel(layout, reshard=False, given=given)
+        yield _parallel(run, layout, given=given)
+        yield _parallel(run, layout, reshard=False, given=given)
         return
     for schedule, stages in PIPELINES:
-        parallel = _parallel(layout, schedule, stages, given=given)
+        parallel = _parallel(run, layout, schedule, stages, given=given)
         try:
             check_fit(layout, parallel, run.model, run.seq_len)
             check_fp8(layout, parallel, run.model, run.precision)
@@ -219,7 +221,7 @@ def _zero_variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iter
         least = 3
     for stage in range(least, 4):
         update = {"deepspeed": zero.model_copy(update={"stage": stage})}
-        parallel = _parallel(layout, given=given.model_copy(update=update))
+        parallel = _parallel(run, layout, given=given.model_copy(update=update))
         if not any(refusals(layout, parallel, run.precision, compilation)):
             yield parallel
 

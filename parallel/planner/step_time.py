@@ -50,19 +50,27 @@ class StepTime(Parts):
 
 def predict_step_time(run: RunFacts, arrangement: Arrangement, device: Device) -> StepTime:
     """Of the slowest rank, for which the others wait."""
-    times = [step_time_of_place(run, arrangement, place, device) for place in _places(arrangement)]
+    times = [step_time_of_place(run, arrangement, place, device) for place in _places(run, arrangement)]
     return max(times, key=lambda time: time.total)
 
 
 def least_seconds(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
     """What a step takes at least, whichever data-parallel ranks share weights: quick, as layouts have it in common."""
-    return max(at_work(run, arrangement, place, device).time.total for place in _places(arrangement))
+    return max(at_work(run, arrangement, place, device).time.total for place in _places(run, arrangement))
 
 
-def _places(arrangement: Arrangement) -> list[int]:
-    """Of the pipeline: its ends, and one of the others, which are alike."""
-    pp = arrangement.layout.pp
-    return sorted({0, pp // 2, pp - 1})
+def _places(run: RunFacts, arrangement: Arrangement) -> list[int]:
+    """Of the pipeline: its ends, and the one between them that has most layers."""
+    pp, parallel = arrangement.layout.pp, arrangement.parallel
+    if pp < 3:
+        return list(range(pp))
+    key = "places", pp, parallel.num_stages, parallel.pp_schedule
+
+    def find() -> list[int]:
+        fullest = max(range(1, pp - 1), key=lambda place: rank_at(run, arrangement, place).layers)
+        return [0, fullest, pp - 1]
+
+    return run.once(key, find)
 
 
 def compute_seconds(work: Work, run: RunFacts, device: Device, rate: float) -> float:
@@ -101,7 +109,8 @@ def at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device)
 
 
 def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> AtWork:
-    micro_batches, rate = arrangement.micro_batches(run), matmul_rate(run, arrangement, device)
+    layout, micro_batches = arrangement.layout, arrangement.micro_batches(run)
+    rate = matmul_rate(run, arrangement, device)
     work, traffic = work_of_rank(run, arrangement, rank), traffic_of_work(run, arrangement, rank)
 
     def took(work: Work) -> float:
@@ -112,6 +121,10 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
     elementwise = _moving_seconds(work.total.moved * micro_batches, device)
     exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep")}
     exposed["pp"] = _sending(arrangement, traffic, device, compute + recompute + elementwise)
+    if arrangement.in_ring:
+        # while keys are on their way, those before them are at work
+        beside = Work(attention=work.total.attention * (1 - 1 / layout.cp))
+        exposed["cp"] = max(0.0, exposed["cp"] - took(beside))
     on_device = compute + recompute + elementwise + sum(exposed.values())
     launch = max(0.0, _launching(run, arrangement, rank, device) * micro_batches - on_device)
     busy = on_device + launch

@@ -138,4 +138,4 @@ def actions_of(arrangement: Arrangement, place: int, count: int) -> Iterator[Act
     for each in schedule._calculate_single_rank_operations(of_schedule, place):
         if each is not None:
             assert rank_of(each.stage_index, pp, parallel.pp_schedule) == place
-            yield Action(each.computation_type.value, each.stage_index, each.microbatch_index)  # type: ignore[arg-type]
+            yield Action(each.computation_type.value, each.stage_index, each.microbatch_index)

@@ -20,7 +20,9 @@ def seconds(exchange: Exchange, device: Device) -> float:
     network = device.network_gb_per_s * 1e9 * device.link_efficiency
     steps = (here - 1) * device.link_latency_us + (nodes - 1) * device.network_latency_us
     if exchange.kind == "send":
-        rate, latency = (link, device.link_latency_us) if here > 1 else (network, device.network_latency_us)
+        # in a ring all wait for those who send to another node
+        near = here == ranks if exchange.dimension == "cp" else here > 1
+        rate, latency = (link, device.link_latency_us) if near else (network, device.network_latency_us)
         return size / rate + latency * MICROSECOND
     if exchange.kind == "all_to_all":
         inside, across = size * (here - 1) / ranks / link, size * (ranks - here) / ranks / network

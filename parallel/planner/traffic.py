@@ -194,6 +194,14 @@ def _context(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Ex
         return
     full = recomputed_layers(arrangement.activation_checkpoint).get("full", 0.0)
     parts = 2 if attention.variant == "complex" else 1
+    if arrangement.in_ring:
+        # of keys and values, each in a message of its own; their gradients are summed on their way
+        numbers = shape.tokens * shape.kv_heads * (parts + 1) * known(attention.head_dim) / 2
+        sends = 2 * (layout.cp - 1) * rank.layers * arrangement.micro_batches(run)
+        wide = max(shape.itemsize, WIDE)
+        for times, itemsize, of in ((2 + full, shape.itemsize, "keys"), (1, wide, "gradients of keys")):
+            yield Exchange("send", "cp", layout.cp, layout.tp, round(sends * times), numbers * itemsize, of)
+        return
     keys = max(shape.kv_heads, layout.cp)
     widths = shape.heads * (parts + 1) + keys * (parts + 1)
     size = shape.tokens * widths * known(attention.head_dim) * shape.itemsize / 4

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.model import Model
 from parallel.apply import by_memory, check_blocks, prepare_layers
 from parallel.build import Blueprint
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.cut import strides, view
 from parallel.engine import Engine, EngineConfig, Fill, MakeOptimizer, set_learning_rate
 from parallel.errors import LayoutError
@@ -60,20 +60,20 @@ class DeepSpeedEngine(Engine):
             raise LayoutError(
                 "precision=fp16: DeepSpeed has none on a CPU: use precision=bf16, or parallel.engine=torch"
             )
-        context = Context(mesh.cp) if mesh.layout.cp > 1 else None
+        context = context_of(config.parallel, mesh)
         dtype = COMPUTE_DTYPE[config.precision]
-        check_blocks(config.model, config.activation_checkpoint, config.compile)
+        check_blocks(config)
         blueprint = Blueprint(config.model, config.parallel, mesh, context)
-        shape = config.micro_batch_size, config.seq_len
-        self.budgeted = by_memory(blueprint, config.activation_checkpoint, config.precision, shape)
+        self.budgeted = by_memory(blueprint, config)
         built = blueprint.build(0, torch.float32)
         self.cuts, self.model = built.cuts, built.model
-        prepare_layers(built.model, config.activation_checkpoint, self.budgeted, config.compile)
+        prepare_layers(built.model, config, self.budgeted, mesh)
         initial = initial_values(built.model, config.model, built.cuts, mesh, config.seed)
         materialize(built.model, initial, dtype, device, settings if self.stage == 3 else None)
         self.parameters = dict(built.model.named_parameters())
         mark(self.parameters, built.cuts, mesh)
-        self.library = self._initialize(config, settings, self._optimizer(make_optimizer))
+        optimizer = self._optimizer(make_optimizer(self.model, config.model))
+        self.library = self._initialize(config, settings, optimizer)
         self.passes = ZeroPasses(self.library, context, config.micro_batch_size)
         # the library clips, and tells the norm, at every other stage and precision
         self._clips = self.stage == 0 and config.precision == "fp32"
@@ -103,9 +103,8 @@ class DeepSpeedEngine(Engine):
         )
         return library
 
-    def _optimizer(self, make_optimizer: MakeOptimizer) -> torch.optim.Optimizer:
+    def _optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Experts that ranks share out are in groups of their own, which DeepSpeed partitions over fewer ranks."""
-        optimizer = make_optimizer(self.model)
         if self.mesh.layout.ep == 1:
             return optimizer
         experts = {parameter for name, parameter in self.parameters.items() if self.cuts[name].expert}
@@ -173,7 +172,7 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
-        """What the ranks have of every parameter's weights or optimizer state, by rows as the torch engine has it."""
+        """What the ranks have of every parameter's weights or optimizer state, by rows."""
         return {name: self._whole(name, parameter, key) for name, parameter in self.parameters.items()}
 
     def _whole(self, name: str, parameter: nn.Parameter, key: str) -> DTensor:

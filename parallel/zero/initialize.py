@@ -1,6 +1,7 @@
 """Memory and initial weights for a model that DeepSpeed will hold: never a whole model in one rank's memory."""
 
 from dataclasses import dataclass
+from math import prod
 
 import deepspeed
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.config import BaseModelConfig
-from model.initialize import initial_rows
+from model.initialize import as_rows, initial_rows
 from model.weights import Weight, declared_weights
 from parallel.collectives import share
 from parallel.cut import Cut, Cuts
@@ -29,20 +30,21 @@ class InitialValues:
         """Of the parameter as this rank has it, cut but not partitioned; or some of its elements, (n,). fp32."""
         cut = self.cuts[name]
         start, shape = self._place(cut)
-        rest = torch.Size(shape[1:]).numel()
-        first, last = 0, shape[0]
+        count, *row = as_rows(shape)
+        rest = prod(row)
+        first, last = 0, count
         if elements is not None:
             if not elements:
                 return torch.empty(0)
             first, last = elements.start // rest, -(-elements.stop // rest)
-        above = start if cut.dim == 0 else 0
+        above = start * prod(shape[1:-1]) if cut.dim == 0 else 0
         rows = initial_rows(
             name, self.weights[name], cut.shape, self.config, self.seed, above + first, above + last
         )
         if cut.dim == 1:
             rows = rows.narrow(1, start, shape[1])
         if elements is None:
-            return rows.contiguous()
+            return rows.reshape(shape)
         return rows.flatten()[elements.start - first * rest :][: len(elements)]
 
     def _place(self, cut: Cut) -> tuple[int, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from data.stream import Batch
 from model.build import build_model
-from model.config import ModelConfig
+from model.config import BaseModelConfig, ModelConfig
 from model.flow_matching.model import FlowMatching
 from model.initialize import initialize
 from model.loss import IGNORE_INDEX
@@ -70,7 +70,7 @@ def global_batch(step: int, names: tuple[str, ...] = ("tokens",)) -> Batch:
     return Batch({name: columns[name] for name in names}, targets, torch.arange(GLOBAL_BATCH))
 
 
-def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+def optimizer(model: torch.nn.Module, _: BaseModelConfig) -> torch.optim.Optimizer:
     """As a run makes it, small."""
     return torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1, fused=True)
 
@@ -78,6 +78,21 @@ def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def config_of(model: dict[str, Any]) -> ModelConfig:
     """The small model with changes."""
     return parse_model(merged(MODEL, model))
+
+
+def engine_config(model: BaseModelConfig, parallel: ParallelConfig, **others: Any) -> EngineConfig:
+    """What is not given is as small and plain as it can be."""
+    plain: dict[str, Any] = {
+        "precision": "fp32",
+        "activation_checkpoint": ActivationCheckpointConfig(),
+        "compile": CompileConfig(),
+        "micro_batch_size": 1,
+        "global_batch_size": GLOBAL_BATCH,
+        "seq_len": SEQ_LEN,
+        "max_grad_norm": CLIP,
+        "seed": 3,
+    }
+    return EngineConfig(model, parallel, **plain | others)
 
 
 def make_engine(
@@ -88,17 +103,13 @@ def make_engine(
     checkpointing = settings.pop("activation_checkpoint", {"mode": "none"})
     compiled = settings.pop("compile", False)
     torch.compiler.reset()  # code compiled for other engines counts towards the limit of kinds
-    config = EngineConfig(
+    config = engine_config(
         config_of(model),
         ParallelConfig(**layout, **settings),
-        precision,  # type: ignore[arg-type]
-        ActivationCheckpointConfig(**checkpointing),
-        CompileConfig(enabled=compiled),
+        precision=precision,
+        activation_checkpoint=ActivationCheckpointConfig(**checkpointing),
+        compile=CompileConfig(enabled=compiled),
         micro_batch_size=micro,
-        global_batch_size=GLOBAL_BATCH,
-        seq_len=SEQ_LEN,
-        max_grad_norm=CLIP,
-        seed=3,
     )
     return engines.make_engine(config, Layout(**layout), torch.device("cpu"), optimizer)
 
@@ -159,7 +170,7 @@ def _reference(model_settings: str, precision: str) -> Run:
     model = build_model(config).to(master_dtype(precision))  # type: ignore[arg-type]
     initialize(model, config, seed=3)
     initial = digests({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-    adam = optimizer(model)
+    adam = optimizer(model, config)
     losses, norms = [], []
     for step in range(STEPS):
         loss = mean_loss(model, global_batch(step, config.inputs))

@@ -12,23 +12,20 @@ from parallel.layout import Layout
 from parallel.mesh import mesh_of
 from parallel.processes import WorkerPool
 from tests.model.bigram import PLACE, BigramConfig
+from tests.parallel.parity import engine_config
 
 
 def refusal(recompute: dict[str, Any], compilation: dict[str, Any]) -> str:
     """Runs in a worker: what is said of laying out a model without blocks."""
     MODELS["bigram"] = PLACE
     try:
-        lay_out(
+        config = engine_config(
             BigramConfig(vocab_size=7),
             ParallelConfig(),
-            "fp32",
-            ActivationCheckpointConfig(**recompute),
-            CompileConfig(**compilation),
-            mesh_of(Layout(), "cpu"),
-            None,
-            seed=0,
-            micro_batch=(1, 8),
+            activation_checkpoint=ActivationCheckpointConfig(**recompute),
+            compile=CompileConfig(**compilation),
         )
+        lay_out(config, mesh_of(Layout(), "cpu"), None)
     except LayoutError as error:
         return str(error)
     finally:

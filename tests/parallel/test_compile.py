@@ -14,6 +14,7 @@ CASES: list[Case] = [
     ({"tp": 2}, 4, SELECTIVE, {}),
     ({"pp": 2}, 4, COMPILED, {}),
     ({"cp": 2}, 4, COMPILED, {"positional": {"encoding": "alibi"}}),
+    ({"cp": 2}, 4, SELECTIVE | {"cp_method": "ring"}, {"positional": {"encoding": "alibi"}}),
     (
         {"dp_shard": 2, "ep": 2},
         4,

@@ -20,7 +20,13 @@ SMALL = {"vocab_size": 64, "d_model": 48, "attention": {"num_heads": 12, "num_kv
         ({"tp": 12}, {"vocab_size": 96, "attention": {"num_heads": 12, "num_kv_heads": 3}}, None),
         ({"tp": 6}, {}, "use parallel.tp=4"),
         ({"tp": 12}, {"vocab_size": 20}, "without a share of model.vocab_size=20"),
-        ({"cp": 3, "tp": 2}, {}, "the 6 heads and 2 kv heads .*use parallel.cp=2"),
+        (
+            {"cp": 3, "tp": 2},
+            {},
+            "the 6 heads and 2 kv heads .*use parallel.cp=2, or parallel.cp_method=ring$",
+        ),
+        ({"cp": 9}, {}, "use parallel.cp=4$"),
+        ({"cp": 15}, {"attention": {"num_heads": 12, "variant": "linear"}}, "use parallel.cp=12$"),
         (
             {"cp": 4},
             {"attention": {"num_heads": 4}},
@@ -38,6 +44,25 @@ def test_the_nearest_that_works(layout: dict[str, int], model: dict[str, Any], m
         return
     with pytest.raises(LayoutError, match=message):
         check_fit(Layout(**layout), ParallelConfig(**layout), config, seq_len=30)
+
+
+@pytest.mark.parametrize(
+    ("cp", "model", "message"),
+    [
+        (5, {"attention": {"num_heads": 1, "num_kv_heads": 1}}, None),
+        (4, {}, "30 tokens are no 8 equal runs: use parallel.cp=3"),
+        (3, {"attention": {"variant": "linear"}}, "=linear has none: use parallel.cp_method=heads"),
+        (3, {"attention": {"kernel": "flex"}}, "=flex can't: use model.attention.kernel=auto, or"),
+        (3, {"type": "encoder_decoder"}, "a model of type encoder_decoder can't work on a part"),
+    ],
+)
+def test_rings_that_work(cp: int, model: dict[str, Any], message: str | None) -> None:
+    layout, parallel = Layout(cp=cp), ParallelConfig(cp=cp, cp_method="ring")
+    if message is None:
+        check_fit(layout, parallel, parse_model(SMALL | model), seq_len=30)
+        return
+    with pytest.raises(LayoutError, match=message):
+        check_fit(layout, parallel, parse_model(SMALL | model), seq_len=30)
 
 
 @pytest.mark.parametrize(

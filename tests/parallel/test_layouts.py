@@ -12,7 +12,9 @@ LAST_LAYER = MOE | {"first_layer": 1, "capacity_factor": 1.2, "num_shared_expert
 BIASED = MOE | {"router": "sigmoid", "balance": "bias", "bias_rate": 0.01}
 PLAIN = {"sequence_parallel": False}
 RECOMPUTED = {"activation_checkpoint": {"mode": "full"}}
+RING = {"cp_method": "ring"}
 SELECTIVE = {"activation_checkpoint": {"mode": "selective"}}
+TWO_EXPERTS = {"moe": MOE | {"num_experts": 2}, "ffn": {"bias": True}}
 BIASES = {"attention": {"bias": True, "qk_norm": True}, "ffn": {"bias": True}}
 
 ENCODER_DECODER = {"type": "encoder_decoder", "num_encoder_layers": 3, "positional": {"encoding": "relative"}}
@@ -71,12 +73,30 @@ CASES: list[Case] = [
         {"attention": {"mask_type": "sliding_window", "window_size": 5}},
     ),
     ({"cp": 2, "tp": 2}, 4, {}, {"positional": {"encoding": "relative"}, "moe": BIASED}),
+    ({"cp": 2}, 4, RING, {"moe": LAST_LAYER, "positional": {"encoding": "alibi"}}),
+    ({"cp": 2}, 4, RING | SELECTIVE, {"attention": {"variant": "complex"}}),
+    (
+        {"cp": 2},
+        2,
+        RING | RECOMPUTED,
+        UNTIED | {"attention": {"mask_type": "bidirectional", "qk_norm": True, "logit_soft_cap": 2.0}},
+    ),
+    (
+        {"cp": 2, "dp_shard": 2},
+        4,
+        RING | budget("60kB"),
+        {"attention": {"mask_type": "sliding_window", "window_size": 5}},
+    ),
+    ({"cp": 2, "tp": 2}, 4, RING, {"positional": {"encoding": "relative"}, "moe": BIASED}),
     ({"dp_shard": 2, "ep": 2}, 4, {}, {"moe": LAST_LAYER}),
     ({"dp_shard": 2, "ep": 2}, 2, {"cpu_offload": True}, {"moe": BIASED, "ffn": {"bias": True}}),
     ({"dp_shard": 4, "ep": 2}, 2, RECOMPUTED, {"moe": MOE}),
     ({"dp_shard": 2, "ep": 2}, 4, SELECTIVE, {"moe": BIASED}),
     ({"dp_shard": 2, "dp_replicate": 2, "ep": 2}, 2, {}, {"moe": LAST_LAYER}),
     ({"dp_shard": 2, "tp": 2, "ep": 2}, 4, budget("60kB"), {"moe": LAST_LAYER}),
+    ({"dp_shard": 4}, 2, RECOMPUTED, TWO_EXPERTS),
+    ({"dp_shard": 4}, 1, {}, {"moe": BIASED | {"num_experts": 3}}),
+    ({"dp_shard": 4, "ep": 2}, 2, SELECTIVE, TWO_EXPERTS),
     ({"dp_shard": 2, "cp": 2, "ep": 4}, 4, {}, {"moe": MOE | {"num_experts": 8}}),
     ({"pp": 2}, 2, {"pp_schedule": "gpipe"}, {"positional": {"encoding": "relative"}}),
     ({"pp": 2}, 2, RECOMPUTED, {"moe": MOE, "tie_embeddings": False}),
@@ -99,6 +119,7 @@ CASES: list[Case] = [
     ),
     ({"pp": 2, "tp": 2}, 2, {}, {}),
     ({"pp": 2, "cp": 2}, 2, {}, {"positional": {"encoding": "alibi"}}),
+    ({"pp": 2, "cp": 2}, 2, RING, {"positional": {"encoding": "learned"}}),
     ({"pp": 2, "dp_shard": 2, "ep": 2}, 2, {}, {"moe": MOE}),
     ({"pp": 4}, 2, {}, {"num_layers": 4}),
 ]
@@ -118,22 +139,27 @@ MORE_CASES: list[Case] = [
     ({"dp_shard": 2, "tp": 2}, 2, {}, PICTURES),
     ({"pp": 2}, 2, {}, PICTURES),
     ({"cp": 2}, 4, {}, PICTURES),
+    ({"cp": 2}, 4, RING, PICTURES),
+    ({"cp": 3}, 4, RING, {"attention": {"num_heads": 2, "num_kv_heads": 1}}),
     ({"dp_shard": 2, "tp": 2}, 1, RECOMPUTED, UNTIED),
     ({"cp": 2}, 1, {}, UNTIED),
     ({"cp": 2, "dp_shard": 2}, 1, {}, UNTIED),
     ({"cp": 2, "dp_replicate": 2}, 2, {}, {}),
     ({"dp_shard": 2, "tp": 2, "ep": 2}, 1, PLAIN, {"moe": MOE} | UNTIED),
     ({"pp": 2, "dp_shard": 2}, 1, RECOMPUTED, UNTIED),
+    ({"pp": 2, "dp_shard": 4}, 1, {}, TWO_EXPERTS),
+    ({"dp_replicate": 2, "dp_shard": 4}, 1, {"cpu_offload": True}, TWO_EXPERTS),
     ({"pp": 2, "tp": 2}, 1, PLAIN, {"moe": MOE} | UNTIED),
     ({"pp": 4}, 1, {"pp_schedule": "gpipe"}, {"num_layers": 4} | UNTIED),
     ({"pp": 2, "dp_shard": 2}, 1, {"pp_schedule": "interleaved_1f1b"}, {"num_layers": 4, "moe": MOE}),
     ({"pp": 2, "tp": 2}, 1, {"pp_schedule": "interleaved_zero_bubble"}, {"num_layers": 4}),
+    ({"pp": 2, "cp": 2}, 1, RING | {"pp_schedule": "interleaved_zero_bubble"}, {"num_layers": 4}),
     ({"dp_shard": 2, "tp": 2, "pp": 2}, 2, {}, {}),
     ({"dp_shard": 2, "tp": 2, "pp": 2}, 1, RECOMPUTED, {"moe": LAST_LAYER} | UNTIED),
     ({"dp_shard": 2, "cp": 2, "tp": 2, "ep": 2}, 2, {}, {"moe": MOE}),
     ({"dp_replicate": 2, "dp_shard": 2, "pp": 2, "ep": 2}, 1, {}, {"moe": MOE}),
 ]
-"""Other models, gradients accumulated with and without a tied head, 8 processes."""
+"""Other models, gradients accumulated with and without a tied head, more ranks than heads, 8 processes."""
 
 SINGLE: list[Case] = [
     ({"dp_shard": 4}, 2, {}, {}),
@@ -141,6 +167,7 @@ SINGLE: list[Case] = [
     ({"tp": 2}, 4, PLAIN, {}),
     ({"dp_shard": 2, "tp": 2}, 2, {}, {}),
     ({"cp": 2, "dp_shard": 2}, 1, {}, UNTIED),
+    ({"cp": 2, "dp_shard": 2}, 1, RING, UNTIED),
     ({"dp_shard": 4, "ep": 2}, 2, RECOMPUTED, {"moe": MOE}),
     ({"pp": 2, "dp_shard": 2}, 2, {}, {}),
     ({"pp": 2, "tp": 2}, 2, {}, {}),

@@ -12,14 +12,15 @@ import torch.distributed as dist
 from model.config import ModelConfig
 from model.count import parameter_count
 from parallel.apply import build_shards
-from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
-from parallel.context import Context
+from parallel.config import ParallelConfig
+from parallel.context import context_of
 from parallel.fit import check_fit
 from parallel.gradients import local
 from parallel.layout import Layout, resolve_layout
 from parallel.mesh import Mesh
 from parallel.simulate import simulated_rank
 from parallel.stages import split_layers
+from tests.parallel.parity import engine_config
 from train.config_file import load_config
 
 Shape = tuple[int, ...]
@@ -133,9 +134,8 @@ def check_rank(rank: int, sizes: Sizes) -> None:
         check_fit(layout, parallel, preset(), preset().max_seq_len)
         mesh = Mesh(layout, "cpu")
         check_places(mesh, rank, sizes)
-        context = Context(mesh.cp) if layout.cp > 1 else None
-        plain = ActivationCheckpointConfig(), CompileConfig()
-        built = build_shards(preset(), parallel, "bf16", *plain, mesh, context, (1, 8192))
+        config = engine_config(preset(), parallel, precision="bf16", seq_len=preset().max_seq_len)
+        built = build_shards(config, mesh, context_of(parallel, mesh))
         (model,) = built.models
         assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated"
         shapes = {name: tuple(local(parameter).shape) for name, parameter in model.named_parameters()}

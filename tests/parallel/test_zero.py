@@ -56,6 +56,7 @@ MORE_CASES: list[Case] = [
     ({"dp_shard": 2, "tp": 2, "ep": 2}, 1, zero(2), {"moe": BIASED}),
     ({"dp_shard": 2, "cp": 2, "ep": 4}, 2, zero(2), {"moe": MOE | {"num_experts": 8}}),
     ({"cp": 2}, 2, zero(0), {}),
+    ({"cp": 2}, 2, zero(3) | {"cp_method": "ring"}, {"positional": {"encoding": "relative"}}),
     ({"dp_shard": 2}, 2, zero(1) | {"compile": True}, {"moe": MOE}),
     ({"dp_shard": 2}, 2, zero(2) | {"compile": True}, {}),
     ({"dp_shard": 2}, 2, zero(3), ENCODER_DECODER),

@@ -104,7 +104,9 @@ STATES: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {"dp_shard": 2}, zero(0)),
     (4, {"dp_shard": 2, "tp": 2}, zero(3)),
     (4, {"dp_shard": 4, "ep": 2}, zero(2)),
+    (4, {"dp_shard": 4}, {}),
     (2, {"dp_shard": 2}, zero(3, offload_optimizer="cpu")),
+    (4, {"dp_shard": 4, "ep": 2}, {}),
     (2, {"tp": 2}, {}),
     (2, {"dp_shard": 2, "ep": 2}, zero(1)),
 ]

@@ -33,7 +33,9 @@ def missing_programs() -> list[str]:
 class Cluster:
     """Nodes n1, n2, ... with the partitions `main` and, which `high` preempts, `low`. Use as a context manager."""
 
-    def __init__(self, nodes: int = 4) -> None:
+    def __init__(self, nodes: int = 4, first_job: int = 1) -> None:
+        """first_job: a number that keeps the jobs' ports, which derive from theirs, apart from another cluster's."""
+        self.first_job = first_job
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         # sockets' names are short: not below a test's own folder
         self.folder = Path(tempfile.mkdtemp(prefix="trireme-slurm-", dir="/tmp"))
@@ -132,10 +134,15 @@ class Cluster:
             "SelectTypeParameters": "CR_Core",
             "SlurmdParameters": "config_overrides",
             "ReturnToService": 2,
-            "SlurmdTimeout": 10,
+            # where nodes share two cores they answer late; what isn't answered in time is sent again, and the end of a
+            # job that was requeued would meet its next start
+            "MessageTimeout": 60,
+            "TCPTimeout": 20,
+            "SlurmdTimeout": 20,
             "KillWait": 20,
             "SchedulerParameters": "bf_interval=1,sched_interval=1,sched_min_interval=100000",
             "JobRequeue": 1,
+            "FirstJobId": self.first_job,
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
         }

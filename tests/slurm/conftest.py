@@ -9,12 +9,13 @@ from tests.slurm.cluster import HOW_TO_GET_THEM, Cluster, missing_programs
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Eight nodes. Tests that need one and can't are skipped by name."""
+def cluster(worker_id: str) -> Iterator[Cluster]:
+    """Eight nodes, for each process that runs tests side by side. Tests that need one and can't are skipped by name."""
     missing = missing_programs()
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: {HOW_TO_GET_THEM}")
-    with Cluster(nodes=8) as started, pytest.MonkeyPatch.context() as patch:
+    first_job = 1 + 400 * int(worker_id.removeprefix("gw")) if worker_id != "master" else 1
+    with Cluster(8, first_job) as started, pytest.MonkeyPatch.context() as patch:
         for name, value in started.environment.items():
             patch.setenv(name, value)
         # what Slurm hands to jobs is the environment of these tests, without a launcher's ranks

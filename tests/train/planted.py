@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import parallel.tensor
-from model.part import Part
+from model.part import Part, Runs
 from parallel.cut import Cut
 from parallel.mesh import Mesh
 from parallel.pipeline import SharedParameters
@@ -61,10 +61,15 @@ def skipped_all_reduce() -> Any:
 def wrong_rope_offset() -> Any:
     """Each rank's tokens are counted from 0."""
 
-    def from_zero(part: Part | None, cache: Any) -> int:
-        return 0
+    def from_zero(length: int, part: Part | None = None, cache: Any = None) -> Runs:
+        return (range(length),)
 
-    return patch("model.transformer._first_place", from_zero)
+    return patch("model.transformer._runs", from_zero)
+
+
+def unscaled_sums() -> Any:
+    """What a ring's blocks make is added up as it is, not by the blocks' shares of all scores."""
+    return patch("parallel.ring_blocks._share", lambda log_sums, of: torch.ones_like(log_sums).unsqueeze(-1))
 
 
 def swapped_batch() -> Any:

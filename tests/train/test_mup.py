@@ -86,7 +86,7 @@ def model_of(**settings: Any) -> tuple[ModelConfig, Model]:
 def test_the_parametrization(settings: dict[str, Any], wide_in: set[str]) -> None:
     """Tensor Programs V, table 8, with the multiplier of a head moved into its weights and rate."""
     config, model = model_of(**settings)
-    optimizer = make_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=0.1), config.width_multiplier)
+    optimizer = make_optimizer(model, config, OptimizerConfig(lr=1.0, weight_decay=0.1))
     set_learning_rate(optimizer, 0.5)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     narrow = {"embedding.weight", "positions.weight", "time.up.weight", "classes.weight"}

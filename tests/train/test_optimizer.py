@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from model.build import build_model
 from model.config import ModelConfig
+from model.model import Model
 from train.config import OptimizerConfig
 from train.optimizer import make_optimizer
 
 
-def tiny_model(**settings: Any) -> nn.Module:
+def tiny_model(**settings: Any) -> Model:
     """One layer, with biases wherever there may be any."""
     biased: dict[str, Any] = {
         "attention": {"num_heads": 2, "bias": True, "qk_norm": True},
@@ -22,9 +22,9 @@ def tiny_model(**settings: Any) -> nn.Module:
     return build_model(ModelConfig(vocab_size=8, d_model=4, num_layers=1, **biased | settings))
 
 
-def decaying(model: nn.Module) -> set[str]:
+def decaying(model: Model) -> set[str]:
     """The names of the parameters that decay by the configured rate; the others must not decay at all."""
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = make_optimizer(model, model.config, OptimizerConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     rates = {name: decay.pop(id(parameter)) for name, parameter in model.named_parameters()}
     assert not decay and set(rates.values()) <= {0.0, 0.3}
@@ -65,7 +65,7 @@ def test_without_a_gradient_only_what_decays_shrinks() -> None:
         for parameter in model.parameters():
             parameter.fill_(1.0)
     shrinking = decaying(model)
-    optimizer = make_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model, model.config, OptimizerConfig(lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -53,7 +53,7 @@ def experiment_of(plan: Plan, precision: Precision, folder: Path) -> Experiment:
         ("deepseek_moe", ("dp_shard=2,ep=2", "pp=2", "tp=2,activation_checkpoint=selective")),
         ("modern", ("dp_shard=2,activation_checkpoint=auto", "pp=2,activation_checkpoint=auto")),
         ("flow_matching", ("tp=2",)),
-        ("image_codes", ("cp=2",)),
+        ("image_codes", ("cp=2", "cp=2,cp_method=ring")),
         ("t5", ("tp=2,sequence_parallel=false",)),
     ],
 )
@@ -104,6 +104,8 @@ FAULTS: list[tuple[Callable[[], Any], str, set[str]]] = [
     (planted.unsynchronized_norm, "tp=2", {"grad_norm", "loss", "weights"}),
     (planted.skipped_all_reduce, "tp=2,sequence_parallel=false", {"grad_norm", "loss", "weights"}),
     (planted.wrong_rope_offset, "cp=2", {"grad_norm", "loss", "weights"}),
+    (planted.wrong_rope_offset, "cp=2,cp_method=ring", {"grad_norm", "loss", "weights"}),
+    (planted.unscaled_sums, "cp=2,cp_method=ring", {"grad_norm", "loss", "weights"}),
     (planted.swapped_batch, "dp_shard=2", {"order", "loss", "grad_norm", "weights"}),
 ]
 
@@ -116,7 +118,9 @@ def faulty(pools: WorkerPools) -> Iterator[Callable[[Callable[[], Any]], None]]:
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize(("fault", "layout", "red"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("fault", "layout", "red"), FAULTS, ids=[f"{fault.__name__}-{layout}" for fault, layout, _ in FAULTS]
+)
 def test_finds_a_planted_fault(
     pools: WorkerPools,
     faulty: Callable[[Callable[[], Any]], None],
@@ -268,6 +272,8 @@ def test_every_dimension_and_pair_is_tried() -> None:
         "dp_shard=2,pp=2,ep=2",
         "tp=2,pp=2",
         "cp=2,pp=2",
+        "cp=4,cp_method=ring",
+        "tp=2,cp=2,cp_method=ring",
     } < four
     assert not any("ep=" in name for name in arrangements(SMALL["gpt2"], 4))
     schedules = {name for name in arrangements(SMALL["gpt2"], 2) if "pp_schedule" in name}

@@ -143,6 +143,8 @@ def _described(found: "Estimate") -> str:
         words.append("weights stay gathered")
     if arrangement.offloads:
         words.append("offloaded")
+    if arrangement.in_ring:
+        words.append("cp in a ring")
     words.append(f"micro-batches of {arrangement.micro_batch_size}")
     every = f" {again.n}" if again.mode == "every_nth" else ""
     words.append(f"recompute {again.mode}{every}")

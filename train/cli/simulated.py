@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from functools import partial
 
 from rich.table import Table
 
@@ -34,7 +35,7 @@ def show_simulated(best: Estimate, optimizer: OptimizerConfig) -> None:
     with warnings.catch_warnings():
         # torch's, of things that matter to those who change activations in place
         warnings.simplefilter("ignore", UserWarning)
-        step = simulate(run, arrangement, rank.place, lambda model: make_optimizer(model, optimizer))
+        step = simulate(run, arrangement, rank.place, partial(make_optimizer, config=optimizer))
     seconds = time.perf_counter() - began
     number = rank.place * (arrangement.layout.world_size // arrangement.layout.pp)
     print(

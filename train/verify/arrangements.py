@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from model.config import BaseModelConfig, ModelConfig
 from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
-from parallel.fit import check_fit, check_micro_batches, check_recomputation
+from parallel.fit import check_async_tp, check_fit, check_micro_batches, check_recomputation
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.fit import check_zero
@@ -69,7 +69,9 @@ class Arrangement(ParallelConfig):
         """Raises LayoutError where the model, or the batch, can't be laid out so."""
         check_fit(self.layout, self, model, model.max_seq_len)
         check_recomputation(self.layout, self, self.activation_checkpoint)
-        check_zero(self.layout, self, precision, CompileConfig(enabled=self.compile))
+        compilation = CompileConfig(enabled=self.compile)
+        check_zero(self.layout, self, precision, compilation)
+        check_async_tp(self.layout, self, compilation, precision, model, model.max_seq_len)
         ranks, size = self.layout.data_size, self.micro_batch(global_batch_size)
         if global_batch_size % (ranks * size):
             raise LayoutError(
@@ -178,6 +180,10 @@ def _variants(sizes: dict[str, int], model: BaseModelConfig) -> Iterator[str]:
         yield "activation_checkpoint=selective"
     if sizes == {"tp": 2}:
         yield "compile=true"
+    if "cp" in sizes:
+        yield "cp_method=ring"
+    if sizes.keys() == {"cp"}:
+        yield "cp_method=ring,activation_checkpoint=full"
     if sizes.keys() == {"pp"}:
         for schedule in get_args(Schedule):
             # two stages a rank are tried where there are the layers for it

@@ -50,7 +50,7 @@ def shrink(model: BaseModelConfig, worlds: Collection[int]) -> BaseModelConfig:
     if not values.get("class_conditional", True):
         changed.pop("num_classes", None)
     changed["num_layers"] = min(model.num_layers, max(LAYERS, *worlds))
-    every = lcm(*worlds)
+    every = 2 * lcm(*worlds)  # ranks of a ring have two runs of a sequence
     changed["max_seq_len"] = -(-SEQ_LEN // every) * every
     changed["d_model"] = min(model.d_model, D_MODEL)
     if isinstance(model, ModelConfig):

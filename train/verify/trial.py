@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from parallel.activation_budget import total
 from parallel.activation_memory import measure
 from parallel.build import Blueprint
 from parallel.config import ActivationCheckpointConfig, CompileConfig, Precision
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.engine import Engine, EngineConfig
 from parallel.engines import make_engine
 from parallel.errors import LayoutError
@@ -106,8 +107,7 @@ def run_reference(experiment: Experiment) -> Curve:
     settings, dtype = experiment.optimizer, COMPUTE_DTYPE[experiment.precision]
     model = build_model(experiment.model).to(master_dtype(experiment.precision))
     initialize(model, experiment.model, experiment.seed)
-    width = experiment.model.width_multiplier
-    loss_sum, optimizer = _LossSum(model), make_optimizer(model, settings, width)
+    loss_sum, optimizer = _LossSum(model), make_optimizer(model, experiment.model, settings)
     save_file(loss_sum.state_dict(), experiment.folder / INITIAL)
     curve = Curve([], [])
     for step in range(experiment.steps):
@@ -188,13 +188,8 @@ def engine_of(experiment: Experiment, arrangement: Arrangement, seed: int) -> En
         max_grad_norm=experiment.optimizer.max_grad_norm,
         seed=seed,
     )
-    settings, width = experiment.optimizer, experiment.model.width_multiplier
-    return make_engine(
-        config,
-        arrangement.layout,
-        torch.device("cpu"),
-        lambda model: make_optimizer(model, settings, width),
-    )
+    make = partial(make_optimizer, config=experiment.optimizer)
+    return make_engine(config, arrangement.layout, torch.device("cpu"), make)
 
 
 def _recomputation(experiment: Experiment, arrangement: Arrangement) -> ActivationCheckpointConfig:
@@ -203,7 +198,7 @@ def _recomputation(experiment: Experiment, arrangement: Arrangement) -> Activati
     if mode != "auto":
         return ActivationCheckpointConfig(mode=mode)
     mesh = mesh_of(arrangement.layout, "cpu")
-    context = Context(mesh.cp) if arrangement.cp > 1 else None
+    context = context_of(arrangement, mesh)
     micro_batch = arrangement.micro_batch(experiment.global_batch_size), experiment.model.max_seq_len
     blueprint = Blueprint(experiment.model, arrangement, mesh, context)
     kept = measure(blueprint, COMPUTE_DTYPE[experiment.precision], micro_batch)

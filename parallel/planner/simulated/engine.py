@@ -50,19 +50,9 @@ class SimulatedEngine(TorchEngine):
         self._allocate_optimizer_state()
 
     def _lay_out(self, config: EngineConfig, context: Context | None) -> LaidOut:
-        micro_batch = config.micro_batch_size, config.seq_len
         # modules and meshes are built of real tensors, those on the meta device
         with unset_fake_temporarily():
-            laid_out = build_shards(
-                config.model,
-                config.parallel,
-                config.precision,
-                config.activation_checkpoint,
-                config.compile,
-                self.mesh,
-                context,
-                micro_batch,
-            )
+            laid_out = build_shards(config, self.mesh, context)
         self.models = laid_out.models
         for model in laid_out.models:
             model.to_empty(device=self.device)

@@ -22,6 +22,9 @@ BUFFERS = (torch.ops.fsdp.all_gather_copy_in.default, torch.ops.c10d._reduce_sca
 TO_REDUCE = torch.ops.fsdp.chunk_cat.default
 """What takes whole gradients."""
 
+SPLIT = torch.ops.fsdp.split_with_sizes_copy.default
+"""What takes gathered weights apart; of those not sharded by rows into copies."""
+
 BINARY = tuple(getattr(torch.ops.aten, name).Tensor for name in ("add", "add_", "mul", "mul_", "sub", "sub_"))
 """What on a CPU widens the narrower of two tensors before it starts."""
 
@@ -49,6 +52,8 @@ class MemoryLog:
             self._mark_passing("gathered", args)
         elif operator in BINARY:
             self._widened(*args[:2])
+        elif operator is SPLIT:
+            self._mark_passing("gathered", kwargs)
         elif operator is TO_REDUCE:
             self._mark_passing(self._whole_gradients, args)
             self._mark_passing("gathered", kwargs)

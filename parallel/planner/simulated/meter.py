@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel.ring import OPERATORS
+
 Note = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 """note(operator, arguments, named arguments, output)."""
 
@@ -32,6 +34,9 @@ class Meter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it comes back with its local tensors
         kwargs = kwargs or {}
+        if operator in OPERATORS:
+            with self:
+                return OPERATORS[operator](*args, **kwargs)
         # of a fake tensor it would make another one
         output = args[0] if operator is _WAIT else operator(*args, **kwargs)
         # DTensor tries operators on whole tensors, in a mode of its own, to see what comes out

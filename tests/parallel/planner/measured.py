@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.stream import Batch
-from model.config import known
+from model.config import BaseModelConfig, known
 from parallel.engine import Engine
 from parallel.engines import make_engine
 from parallel.gradients import local
@@ -120,7 +120,7 @@ def counted_here(run: RunFacts, arrangement: Arrangement, before: int = 0) -> tu
 def engine_for(run: RunFacts, arrangement: Arrangement) -> Engine:
     """The engine that is measured, in a group of as many as the layout has."""
 
-    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    def make_optimizer(model: nn.Module, _: BaseModelConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), fused=True)
 
     config, device = engine_config(run, arrangement), torch.device("cpu")

@@ -11,7 +11,7 @@ from parallel.activation_budget import choose
 from parallel.activation_memory import measure
 from parallel.build import Blueprint
 from parallel.config import ActivationCheckpointConfig, Precision
-from parallel.context import Context
+from parallel.context import context_of
 from parallel.errors import LayoutError
 from parallel.mesh import Mesh
 from parallel.planner.activations import kept_of_layer, recomputed_layers, resolve
@@ -90,7 +90,7 @@ def test_layers_keep_what_their_twins_keep(
     run, arrangement = run_of(model, precision), arranged(2, **sizes)
     with simulated_rank(0, arrangement.layout.world_size):
         mesh = Mesh(arrangement.layout, "cpu")
-        context = Context(mesh.cp) if arrangement.layout.cp > 1 else None
+        context = context_of(arrangement.parallel, mesh)
         blueprint = Blueprint(run.model, arrangement.parallel, mesh, context, fp8=precision == "fp8")
         kept = measure(blueprint, torch.bfloat16, (2, run.seq_len))
     for name, measured in kept.items():

@@ -1,6 +1,7 @@
 """The search finds what a look at every layout finds, and what it finds can be started."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,14 @@ def test_what_is_found_can_be_started(name: str, world: int) -> None:
 def test_the_largest_search_weighs_few_enough() -> None:
     """A core weighs some 4,000 a second; without bounds there would be many times as many."""
     assert 10_000 < search(preset("405b"), 4096, GPU).weighed < 40_000
+
+
+def test_the_method_that_is_asked_for_is_searched() -> None:
+    """Four sequences and eight ranks: some share a sequence."""
+    run = replace(run_of(LLAMA, sequences=4), cp_method="ring")
+    found = [each.arrangement for each in search(run, 8, GPU, limit=20).fitting]
+    assert any(arrangement.layout.cp > 1 for arrangement in found)
+    assert all(arrangement.in_ring for arrangement in found if arrangement.layout.cp > 1)
 
 
 def test_a_model_that_fits_nowhere_is_told_how_many_would_do() -> None:

@@ -1,10 +1,9 @@
 """What the planner works out is what a simulated rank of the real job does: memory, FLOPs, bytes per collective."""
 
+from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 from typer.testing import CliRunner
 
 from model.count import flops_per_token
@@ -16,6 +15,7 @@ from parallel.planner.simulate import Simulated, simulate
 from tests.parallel.planner.cases import GPT, LLAMA, MOE, arranged, run_of
 from tests.parallel.planner.measured import measured_peak
 from train.cli import app
+from train.config import OptimizerConfig
 from train.config_file import load_config
 from train.optimizer import make_optimizer
 
@@ -42,6 +42,8 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("1b", 256, 0, {"parallel.tp": 4, "parallel.sequence_parallel": False}),
     ("1b", 256, 0, {"parallel.cp": 8, "activation_checkpoint.mode": "none"}),
     ("1b", 512, 0, {"parallel.tp": 4, "parallel.cp": 2, "activation_checkpoint.mode": "every_nth"}),
+    ("1b", 256, 0, {"parallel.cp": 8, "parallel.cp_method": "ring", "activation_checkpoint.mode": "none"}),
+    ("1b", 512, 0, {"parallel.tp": 4, "parallel.cp": 4, "parallel.cp_method": "ring"}),
     ("1b", 64, 0, {"parallel.pp": 4, "parallel.tp": 2}),
     ("1b", 64, 3, {"parallel.pp": 4, "parallel.tp": 2}),
     (
@@ -51,6 +53,8 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
         {"parallel.pp": 2, "parallel.pp_schedule": "interleaved_1f1b", "data.global_batch_size": 256},
     ),
     ("7b", 256, 0, {"parallel.reshard_after_forward": False, "data.global_batch_size": 256}),
+    ("moe-8x1b", 64, 0, {"activation_checkpoint.mode": "none"}),
+    ("moe-8x1b", 64, 0, {"parallel.ep": 2}),
     ("moe-8x1b", 64, 0, {"parallel.ep": 8, "activation_checkpoint.mode": "none"}),
     (
         "moe-8x1b",
@@ -70,12 +74,8 @@ def of_preset(name: str, ranks: int, overrides: dict[str, Any]) -> tuple[RunFact
     return run, Arrangement(parallel, config.data.micro_batch_size, config.activation_checkpoint)
 
 
-def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return make_optimizer(model, load_config("1b", ["run.steps=1", "data.path=unused"]).config.optimizer)
-
-
 def simulated(run: RunFacts, arrangement: Arrangement, place: int = 0) -> Simulated:
-    return simulate(run, arrangement, place, optimizer)
+    return simulate(run, arrangement, place, partial(make_optimizer, config=OptimizerConfig()))
 
 
 def check(comparison: Comparison) -> None:
@@ -143,6 +143,27 @@ def test_collectives_are_counted_by_kind_and_dimension() -> None:
     assert traffic["all_gather", "dp_shard"].count == 2 * (4 * 2 + 1)
     assert traffic["reduce_scatter", "dp_shard"].count == 2 * (4 + 1)
     assert not {dimension for _, dimension in traffic} & {"tp", "pp", "ep", "dp_replicate"}
+
+
+def test_keys_and_values_go_round_and_their_gradients_after_them() -> None:
+    """Of 4 kv heads of 16 numbers, a quarter of 256 places; gradients are in fp32. More ranks than heads can be."""
+    run, arrangement = run_of(LLAMA, sequences=8), arranged(2, dp_shard=2, cp=4, cp_method="ring")
+    sent = simulated(run, arrangement).traffic["send", "cp"]
+    passes = 2 * 4 * 2 * 3  # micro-batches, layers, of keys and of values, to three ranks
+    assert sent.count == passes * 3
+    assert sent.bytes == passes * (2 * 64 * 4 * 16) * (2 + 2 + 4)
+
+
+@pytest.mark.parametrize("again", ["selective", "full"])
+def test_a_ring_does_the_work_of_heads(again: str) -> None:
+    """The same products, and as much attention on every rank."""
+    run = run_of(LLAMA, sequences=8)
+    ring, heads = (
+        simulated(run, arranged(2, again, dp_shard=2, cp=4, cp_method=method)) for method in ("ring", "heads")
+    )
+    assert ring.matmul == heads.matmul
+    assert ring.attention == pytest.approx(heads.attention, rel=1e-9)
+    assert not any(kind == "all_to_all" for kind, _ in ring.traffic)
 
 
 def test_activations_are_sent_between_stages() -> None:
