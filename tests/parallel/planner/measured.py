@@ -48,7 +48,7 @@ def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
         engine.step(0.0)
 
     step()
-    held = sum(size for storage, size in _storages().items() if storage not in before)
+    held = sum(storage.nbytes() for place, storage in _storages().items() if place not in before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     return held + _peak(profiler)
@@ -127,12 +127,12 @@ def engine_for(run: RunFacts, arrangement: Arrangement) -> Engine:
     return make_engine(config, arrangement.layout, device, make_optimizer)
 
 
-def _storages() -> dict[int, int]:
-    """The memory of all tensors that there are, by its address."""
+def _storages() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors that there are, by its address, which no other gets while this is held."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
     storages = [local(each).untyped_storage() for each in tensors if each.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 def _peak(profiler: Any) -> int:
