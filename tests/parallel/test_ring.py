@@ -23,7 +23,7 @@ from parallel.layout import Layout
 from parallel.processes import WorkerPool
 from parallel.ring_blocks import Attended, Block, Merged, Scoring, attend_block, block_gradients, blocks
 from parallel.zigzag import fold, runs_of, unfold
-from tests.parallel.parity import Batch, optimizer
+from tests.parallel.parity import Batch, merged, optimizer
 
 LENGTH, RANKS = 24, 3
 MASKS: list[dict[str, Any]] = [
@@ -79,15 +79,15 @@ def in_blocks(inputs: list[Tensor], scoring: Scoring) -> list[Tensor]:
     out, of_query, of_key, of_value = (torch.zeros_like(part) for part in (grad, query, key, value))
     of_bias = torch.zeros(0) if scoring.bias is None else torch.zeros_like(scoring.bias)
     for rank in range(RANKS):
-        mine, merged = of_runs(query, rank), Merged(of_runs(query, rank), value.shape[-1])
+        mine, total = of_runs(query, rank), Merged(of_runs(query, rank), value.shape[-1])
         found = [
             (block, of_runs(key, other), of_runs(value, other))
             for other, block in pairs(scoring.config, rank)
         ]
         for block, keys, values in found:
             theirs = keys[:, :, block.of_keys], values[:, :, block.of_keys]
-            merged.add(block.of_queries, *attend_block(mine[:, :, block.of_queries], *theirs, block, scoring))
-        attended = Attended(merged.out, merged.log_sums, of_runs(grad, rank))
+            total.add(block.of_queries, *attend_block(mine[:, :, block.of_queries], *theirs, block, scoring))
+        attended = Attended(total.out, total.log_sums, of_runs(grad, rank))
         for block, keys, values in found:
             at, to = slice(block.queries.start, block.queries.stop), slice(block.keys.start, block.keys.stop)
             theirs = keys[:, :, block.of_keys], values[:, :, block.of_keys]
@@ -228,7 +228,7 @@ def batch_of(step: int) -> Batch:
     return Batch(inputs, targets, torch.arange(4))
 
 
-def train(positional: str, layout: dict[str, int], mode: str) -> tuple[list[float], list[float], int]:
+def train(changes: dict[str, Any], layout: dict[str, int], mode: str) -> tuple[list[float], list[float], int]:
     """Runs in every worker: losses, gradient norms, and the scores that a rank computed in its forwards."""
     counted = 0
     plain: Callable[..., Any] = parallel.ring.attend_block
@@ -239,7 +239,7 @@ def train(positional: str, layout: dict[str, int], mode: str) -> tuple[list[floa
         return plain(query, key, value, block, scoring)
 
     config = EngineConfig(
-        ModelConfig.model_validate(SMALL | {"positional": {"encoding": positional}}),
+        ModelConfig.model_validate(merged(SMALL, changes)),
         ParallelConfig(**layout, cp_method="ring"),
         "fp64",
         ActivationCheckpointConfig(mode=mode),  # type: ignore[arg-type]
@@ -262,11 +262,11 @@ def train(positional: str, layout: dict[str, int], mode: str) -> tuple[list[floa
     return losses, norms, counted
 
 
-def reference(positional: str) -> tuple[list[float], list[float]]:
-    config = ModelConfig.model_validate(SMALL | {"positional": {"encoding": positional}})
+def reference(changes: dict[str, Any]) -> tuple[list[float], list[float]]:
+    config = ModelConfig.model_validate(merged(SMALL, changes))
     model = build_model(config).double()
     initialize(model, config, seed=3)
-    adam, losses, norms = optimizer(model), [], []
+    adam, losses, norms = optimizer(model, config), [], []
     for step in range(STEPS):
         batch = batch_of(step)
         _, loss = model(**batch.inputs, targets=batch.targets)
@@ -285,11 +285,24 @@ def reference(positional: str) -> tuple[list[float], list[float]]:
 def test_documents_and_padding_on_more_ranks_than_heads(
     pools: dict[int, WorkerPool], positional: str, mode: str
 ) -> None:
-    losses, norms = reference(positional)
-    results = pools[4].run(train, positional, {"cp": 4}, mode)
+    changes = {"positional": {"encoding": positional}}
+    losses, norms = reference(changes)
+    results = pools[4].run(train, changes, {"cp": 4}, mode)
     for found_losses, found_norms, _ in results:
         assert found_losses == pytest.approx(losses, rel=1e-9)
         assert found_norms == pytest.approx(norms, rel=1e-9)
     forwards = 2 if mode == "full" else 1  # selective recomputation keeps what attention made
     scores = SEQ_LEN * (SEQ_LEN + 1) // 2 // 4
     assert {counted for *_, counted in results} == {STEPS * forwards * 4 * 2 * scores}
+
+
+def test_dropout_is_recomputed_as_it_was(pools: dict[int, WorkerPool]) -> None:
+    """Each rank draws its own numbers, and again the same ones."""
+    changes = {"attention": {"dropout": 0.5}}
+    plain, *others = (pools[2].run(train, changes, {"cp": 2}, mode) for mode in ("none", "full", "selective"))
+    for recomputed in others:
+        for (losses, norms, _), (expected_losses, expected_norms, _) in zip(recomputed, plain, strict=True):
+            assert losses == expected_losses
+            assert norms == pytest.approx(expected_norms, rel=1e-12)
+    without, *_ = pools[2].run(train, {}, {"cp": 2}, "none")
+    assert without[0] != plain[0][0]
