@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.count import flops_per_token, parameter_count
 from parallel.config import ActivationCheckpointConfig, ParallelConfig
-from parallel.fit import HAS_STAGES, check_fit, check_micro_batches
+from parallel.errors import LayoutError
+from parallel.fit import HAS_STAGES, check_fit, check_fp8, check_micro_batches
 from parallel.layout import SIZES, Layout, resolve_layout
+from parallel.planner.activations import resolve
 from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
-from parallel.planner.memory import Memory, predict_memory
+from parallel.planner.memory import predict_memory
+from parallel.planner.moments import Memory
 from parallel.planner.search import search
+from parallel.zero.fit import refusals
 from train.config import Config
 from train.config_file import load_config
 from train.errors import ConfigError
@@ -22,7 +26,7 @@ from train.scaling import recommend
 DAY, HOUR = 86_400.0, 3_600.0
 LAYOUT_KEYS = (
     *("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep"),
-    *("reshard_after_forward", "sequence_parallel"),
+    *("reshard_after_forward", "sequence_parallel", "engine", "cpu_offload"),
 )
 PIPELINE_KEYS = ("pp_schedule", "stages_per_rank")
 CONTEXT_KEYS = ("cp_method",)
@@ -133,9 +137,9 @@ def make_plan(
     device.peak_flops(run.precision)
     if as_given:
         layout = resolve_layout(config.parallel, world_size)
-        best = estimate(run, arrangement_of(config, layout), device)
+        best = estimate(run, arrangement_of(config, layout, device), device)
         return Plan(Training(best, _tokens(config, best, budget)), [], [], 1, overrides_of(best, config))
-    found = search(run, world_size, device)
+    found = search(run, world_size, device, given=config.parallel)
     best, *rivals = found.fitting
     return Plan(
         Training(best, _tokens(config, best, budget)),
@@ -152,7 +156,7 @@ def memory_of(config: Config, layout: Layout, device: Device) -> Memory:
     Raises:
         ConfigError, LayoutError: the configuration is one that can't be planned, or laid out so.
     """
-    return predict_memory(run_facts(config), arrangement_of(config, layout), device)
+    return predict_memory(run_facts(config), arrangement_of(config, layout, device), device)
 
 
 def run_facts(config: Config) -> RunFacts:
@@ -166,10 +170,6 @@ def run_facts(config: Config) -> RunFacts:
         raise ConfigError(
             f"model.type={model.type} can't be planned: use one of {', '.join(HAS_STAGES)}, whose layers are alike"
         )
-    if config.parallel.engine != "torch":
-        raise ConfigError("parallel.engine=deepspeed can't be planned: use parallel.engine=torch")
-    if config.parallel.cpu_offload:
-        raise ConfigError("parallel.cpu_offload=true can't be planned: use parallel.cpu_offload=false")
     if model.vocab_size is None:
         raise ConfigError("a plan must know the vocabulary: set model.vocab_size, 32000 for example")
     return RunFacts(
@@ -182,16 +182,12 @@ def run_facts(config: Config) -> RunFacts:
     )
 
 
-def arrangement_of(config: Config, layout: Layout) -> Arrangement:
+def arrangement_of(config: Config, layout: Layout, device: Device) -> Arrangement:
     """A configuration's own layout, checked as a run checks it.
 
     Raises:
         LayoutError, ConfigError: it can't be.
     """
-    if config.activation_checkpoint.mode == "auto":
-        raise ConfigError(
-            "activation_checkpoint.mode=auto decides when a run starts: plan with none, selective, every_nth or full"
-        )
     schedule, mode = config.parallel.pp_schedule, config.activation_checkpoint.mode
     if schedule == "interleaved_zero_bubble" or (schedule == "zbv_zero_bubble" and mode != "none"):
         raise ConfigError(
@@ -202,6 +198,10 @@ def arrangement_of(config: Config, layout: Layout) -> Arrangement:
     parallel = config.parallel.model_copy(update=sizes)
     model = config.model
     check_fit(layout, parallel, model, model.max_seq_len)
+    check_fp8(layout, parallel, model, config.precision)
+    if parallel.engine == "deepspeed":
+        for refusal in refusals(layout, parallel, config.precision, config.compile):
+            raise LayoutError(refusal)
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
     count, left = divmod(whole, micro * layout.data_size)
     if left or not count:
@@ -210,7 +210,8 @@ def arrangement_of(config: Config, layout: Layout) -> Arrangement:
             f"{micro} x {layout.data_size}: set data.global_batch_size={max(1, count) * micro * layout.data_size}"
         )
     check_micro_batches(parallel, count)
-    return Arrangement(parallel, micro, config.activation_checkpoint)
+    given = Arrangement(parallel, micro, config.activation_checkpoint)
+    return resolve(run_facts(config), given, device.type)
 
 
 def _tokens(config: Config, best: Estimate, budget: Budget) -> float:
@@ -250,6 +251,8 @@ def overrides_of(found: Estimate, config: Config) -> list[str]:
         differs = name in given.model_fields_set and getattr(given, name) != value
         if value != defaults[name] or differs:
             keys[f"parallel.{name}"] = value
+    if parallel.engine == "deepspeed":
+        keys["parallel.deepspeed.stage"] = parallel.deepspeed.stage
     keys["data.micro_batch_size"] = arrangement.micro_batch_size
     keys |= _recomputation(arrangement.activation_checkpoint)
     return [
@@ -261,6 +264,8 @@ def _recomputation(config: ActivationCheckpointConfig) -> dict[str, object]:
     keys: dict[str, object] = {"activation_checkpoint.mode": config.mode}
     if config.mode == "every_nth":
         keys["activation_checkpoint.n"] = config.n
+    if config.mode == "auto":
+        keys["activation_checkpoint.memory_budget"] = config.memory_budget
     return keys
 
 

@@ -1,4 +1,4 @@
-"""A plan as a picture: memory, step and layout."""
+"""A plan as a picture: memory, step, its timeline and layout."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from parallel.planner.estimate import ROOM, Estimate
 from train.counts import format_count
 from train.plan import Plan, format_seconds
+from train.plan_timeline import MOST_ROWS, draw_timeline
 
 MEMORY_COLOURS = {
     "weights": "#3b6fb6",
@@ -36,6 +37,7 @@ TIME_COLOURS = {
     "pp": "#3b6fb6",
     "bubble": "#d0d0d0",
     "optimizer": "#a9c8ec",
+    "host": "#7f7f7f",
 }
 NODE_COLOURS = ("#6f9fd8", "#a9c8ec")
 SHOWN = 4
@@ -45,10 +47,12 @@ MOST_CELLS = 16
 
 
 def draw_plan(name: str, plan: Plan, path: Path) -> Path:
-    """Draw memory and time of the best layouts, and how the best lies on the devices. Returns the picture's path."""
+    """Draw memory and time of the best layouts, a step of the best, and how it lies on the devices. Returns the
+    picture's path."""
     found = [plan.best, *plan.rivals[:SHOWN]]
-    figure = pyplot.figure(figsize=(13, 3.6 + 0.75 * len(found)), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.2 + 0.55 * len(found), 2.4])
+    rows = 1.2 + 0.55 * len(found), 1.1 + 0.2 * min(plan.best.arrangement.layout.pp, MOST_ROWS), 2.4
+    figure = pyplot.figure(figsize=(13, 1.4 * sum(rows)), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=rows)
     memory = figure.add_subplot(grid[0, 0])
     time = figure.add_subplot(grid[0, 1], sharey=memory)
     time.tick_params(labelleft=False)
@@ -61,7 +65,8 @@ def draw_plan(name: str, plan: Plan, path: Path) -> Path:
         time.text(each.time.total, place, text, va="center", fontsize=9)
     time.set(title="a step", xlabel="seconds", xlim=(0, max(each.time.total for each in found) * 1.3))
     memory.set(title="memory of the fullest device at its peak", xlabel="GB")
-    _layout(figure.add_subplot(grid[1, :]), plan.best)
+    draw_timeline(figure.add_subplot(grid[1, :]), plan.best)
+    _layout(figure.add_subplot(grid[2, :]), plan.best)
     training, device = plan.training, plan.best.device
     devices = f"{plan.best.arrangement.layout.world_size} x {device.name}"
     length = f"{format_count(training.tokens)} tokens in {training.days:.3g} days"

@@ -4,13 +4,16 @@
 thousands of them. B batch, T sequence, D d_model, H heads, K kv heads, E head_dim, F d_ff, X experts.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from model.config import ModelConfig, known
+from parallel.activation_budget import choose
 from parallel.activation_checkpoint import Recompute
 from parallel.config import ActivationCheckpointConfig
 from parallel.planner.facts import Arrangement, RunFacts
+from parallel.stages import stages_of
 
 DeviceType = Literal["cpu", "cuda"]
 WIDE = 4
@@ -29,6 +32,10 @@ class Shape:
     kv_heads: float
     """Of one rank."""
     itemsize: int
+    eight_bits: bool = False
+    """Blocks' linear layers compute so, and keep what goes in so."""
+    quantized_apart: bool = False
+    """By kernels that each write what they make, in fp32."""
 
     @classmethod
     def of(cls, run: RunFacts, arrangement: Arrangement) -> "Shape":
@@ -42,7 +49,17 @@ class Shape:
             attention.num_heads / layout.tp,
             max(1.0, known(attention.num_kv_heads) / layout.tp),
             run.itemsize,
+            run.precision == "fp8",
+            run.precision == "fp8" and not run.compiled,
         )
+
+    def entering(self, size: float, products: int = 1) -> float:
+        """Bytes that so many products keep of their input of a size in bytes."""
+        return products * size / self.itemsize if self.eight_bits else size
+
+    def quantizing(self, size: float) -> float:
+        """Bytes that it takes to make 8 bits of each number of a tensor of a size in bytes."""
+        return 2 * WIDE * size / self.itemsize if self.quantized_apart else 0.0
 
 
 @dataclass(frozen=True)
@@ -99,9 +116,46 @@ def _kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, 
     )
 
 
+class Resolved(ActivationCheckpointConfig):
+    """`auto`, when it is known what its budget comes to."""
+
+    shares: tuple[tuple[Recompute, float], ...]
+    """Of the layers."""
+
+
+def resolve(run: RunFacts, arrangement: Arrangement, device: DeviceType) -> Arrangement:
+    """With `auto` as its budget decides, as `parallel.activation_budget` does it; others as they are. Of a pipeline, by
+    the rank that recomputes most.
+
+    Raises:
+        LayoutError: the layers can't keep to the budget.
+    """
+    config = arrangement.activation_checkpoint
+    if config.memory_budget is None:
+        return arrangement
+    kept = {
+        experts: {how: round(of.of(how)) for how in get_args(Recompute)}
+        for experts in {layer in run.model.moe_layers for layer in range(run.model.num_layers)}
+        for of in (kept_of_layer(run, arrangement, device, experts=experts),)
+    }
+    parallel = arrangement.parallel
+    found: list[Counter[Recompute]] = []
+    for place in range(parallel.pp):
+        split = run.split(parallel.num_stages)
+        stages = stages_of(place, parallel.pp, parallel.num_stages, parallel.pp_schedule)
+        mine = {str(layer): kept[layer in run.model.moe_layers] for stage in stages for layer in split[stage]}
+        found.append(Counter(choose(mine, config.memory_budget).values()))
+    most = max(found, key=lambda counts: (counts["full"] / counts.total(), counts["selective"]))
+    shares = tuple((how, count / most.total()) for how, count in most.items())
+    resolved = Resolved(mode=config.mode, memory_budget=config.memory_budget, shares=shares)
+    return replace(arrangement, activation_checkpoint=resolved)
+
+
 def recomputed_layers(config: ActivationCheckpointConfig) -> dict[Recompute, float]:
     """The share of the layers that recompute so."""
     mode = config.mode
+    if isinstance(config, Resolved):
+        return dict(config.shares)
     assert mode != "auto"
     if mode == "every_nth":
         return {"full": 1 / config.n, "none": 1 - 1 / config.n}
@@ -141,13 +195,13 @@ def _attention(model: ModelConfig, arrangement: Arrangement, shape: Shape, devic
         wide = 1.0 if device == "cuda" else (2 * WIDE / a if a < WIDE else 2.0)
         normed = (query + key) * wide
     exchanged = mixed if to_heads else 0.0
+    entering = shape.entering(inside, 3) + (mixed / a if shape.eight_bits else 0.0)
     products = query + key + value + mixed + shape.tokens * shape.heads * WIDE + inside
     collectives = inside + own if layout.tp > 1 else 0.0
     # the exchanges of queries, keys, values and of what comes back are kept, too
     collectives += together if to_heads else 0.0
-    return _Part(
-        inside + together + normed + exchanged, products + collectives, inside + 2 * (query + key + value)
-    )
+    working = inside + 2 * (query + key + value) + shape.quantizing(inside)
+    return _Part(entering + together + normed + exchanged, products + collectives, working)
 
 
 def _feedforward(model: ModelConfig, shape: Shape, d_ff: float, tp: float | None = None) -> _Part:
@@ -158,11 +212,9 @@ def _feedforward(model: ModelConfig, shape: Shape, d_ff: float, tp: float | None
     gated = model.ffn.variant != "mlp"
     collectives = inside + own if tp > 1 else 0.0
     # the last product's input is let go when there is its gradient
-    return _Part(
-        inside + (3 if gated else 2) * hidden,
-        (2 if gated else 1) * hidden + inside + collectives,
-        (2 if gated else 1) * hidden,
-    )
+    made = (2 if gated else 1) * hidden
+    kept = shape.entering(inside, 2 if gated else 1) + made + shape.entering(hidden)
+    return _Part(kept, made + inside + collectives, made + shape.quantizing(hidden))
 
 
 def _experts(model: ModelConfig, shape: Shape) -> _Part:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from model.count import flops_per_token
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
-from parallel.planner.memory import Memory, predict_memory
+from parallel.planner.memory import predict_memory
+from parallel.planner.moments import Memory
 from parallel.planner.step_time import StepTime, predict_step_time
 
 ROOM = 0.95
@@ -41,9 +42,9 @@ class Estimate:
 
     @property
     def utilization(self) -> float:
-        """Model FLOPs, recomputation not counted, over what the device's data sheet says (MFU)."""
+        """Model FLOPs, recomputation not counted, over what the device's data sheet says (MFU); with fp8 of bf16."""
         flops = flops_per_token(self.run.model, self.run.seq_len) * self.tokens_per_second_per_device
-        return flops / self.device.peak_flops(self.run.precision)
+        return flops / self.device.peak_flops(self.run.wide_precision)
 
 
 def fits(memory: Memory, device: Device) -> bool:

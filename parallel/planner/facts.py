@@ -47,6 +47,11 @@ class RunFacts:
         return BYTES[self.precision]
 
     @property
+    def wide_precision(self) -> Precision:
+        """That of attention, and of products that are not in 8 bits."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
     def master_size(self) -> int:
         """Bytes of a number in stored weights, reduced gradients and optimizer state."""
         return 8 if self.precision == "fp64" else 4
@@ -86,7 +91,9 @@ class Arrangement:
         """All that says how much of a layer's work on a micro-batch is a rank's."""
         layout, again = self.layout, self.activation_checkpoint
         shared, method = self.parallel.sequence_parallel, self.parallel.cp_method
-        return self.micro_batch_size, layout.cp, method, layout.tp, layout.ep, shared, again.mode, again.n
+        cut = self.parallel.engine, layout.cp, method, layout.tp, layout.ep, shared
+        how = again if again.mode == "auto" else (again.mode, again.n)
+        return *cut, self.micro_batch_size, how
 
     @property
     def in_ring(self) -> bool:
@@ -94,6 +101,15 @@ class Arrangement:
         return self.layout.cp > 1 and self.parallel.cp_method == "ring"
 
     @property
+    def offloads(self) -> bool:
+        """Whether optimizer state is in the host's memory."""
+        if self.parallel.engine == "deepspeed":
+            return self.parallel.deepspeed.offload_optimizer != "none"
+        return self.parallel.cpu_offload
+
+    @property
     def keeps_gathered(self) -> bool:
         """Whether weights stay gathered from their first use in a micro-batch to their last; in a pipeline, a step."""
+        if self.parallel.engine == "deepspeed":
+            return self.parallel.deepspeed.stage < 3
         return not self.parallel.reshard_after_forward or self.layout.pp > 1

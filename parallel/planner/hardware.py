@@ -50,6 +50,10 @@ class Device(BaseModel):
     """A device to the others of its node, GB/s in one direction."""
     network_gb_per_s: PositiveFloat
     """A device to other nodes, GB/s in one direction."""
+    host_gb_per_s: PositiveFloat
+    """Between a device and its host, GB/s in one direction."""
+    host_memory_gb_per_s: PositiveFloat
+    """Of the host's memory, a device's share of it, GB/s."""
     link_efficiency: float = Field(gt=0, le=1)
     """Share of both that large collectives reach."""
     link_latency_us: float = Field(ge=0)
@@ -67,7 +71,7 @@ class Device(BaseModel):
         return round(self.memory_gib * GIB)
 
     def peak_flops(self, precision: Precision) -> float:
-        """FLOP/s of dense matrix products.
+        """FLOP/s of dense matrix products; of fp8, those of 8-bit floats.
 
         Raises LayoutError where the device has none in this precision.
         """

@@ -3,15 +3,18 @@
 What is left out can't win: a gpipe schedule takes as long as 1f1b and holds more; tensor parallelism across nodes puts
 the slowest link into every layer. Of zero-bubble schedules, which cut the backward in two, zbv_zero_bubble is weighed,
 without recomputation: what the others hold was not predicted well.
+
+Of the engine torch weights are freed after the forward or kept, as in ZeRO's stages 3 and 2; of the engine deepspeed
+all stages are weighed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-from parallel.config import ActivationCheckpointConfig, ParallelConfig
+from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_fit, check_micro_batches
+from parallel.fit import check_fit, check_fp8, check_micro_batches
 from parallel.layout import Layout
 from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.facts import Arrangement, RunFacts
@@ -19,6 +22,7 @@ from parallel.planner.hardware import Device
 from parallel.planner.step_time import least_seconds
 from parallel.sizes import format_bytes
 from parallel.stages import MANY_STAGES, Schedule
+from parallel.zero.fit import refusals
 
 ABOUT = 0.02
 """Times that differ by less are taken to be the same."""
@@ -39,6 +43,8 @@ PIPELINES: tuple[tuple[Schedule, int], ...] = (
     ("zbv_zero_bubble", 2),
 )
 """Schedules and stages of a rank."""
+TORCH = ParallelConfig()
+"""The engine torch, which offloads nothing."""
 
 
 Cut = tuple[int, int, int, int]
@@ -97,13 +103,17 @@ def _cut(found: Estimate) -> Cut:
     return layout.pp, layout.cp, layout.tp, layout.ep
 
 
-def search(run: RunFacts, world_size: int, device: Device, limit: int = 6) -> Found:
+def search(
+    run: RunFacts, world_size: int, device: Device, limit: int = 6, given: ParallelConfig = TORCH
+) -> Found:
     """The fastest layouts of so many ranks.
+
+    given: what all have in common: the engine, and what is offloaded.
 
     Raises:
         LayoutError: none is possible, or none fits into the device's memory.
     """
-    found = _find(run, world_size, device, limit)
+    found = _find(run, world_size, device, limit, given)
     smallest = found.smallest
     if smallest is None:
         raise LayoutError(
@@ -111,15 +121,15 @@ def search(run: RunFacts, world_size: int, device: Device, limit: int = 6) -> Fo
             f"use a number of GPUs that divides it, {_divisor(run.global_batch_size, world_size)} for example"
         )
     if not found.fitting:
-        raise _too_large(run, smallest, device)
+        raise _too_large(run, smallest, device, given)
     found.settle()
     return found
 
 
-def _find(run: RunFacts, world_size: int, device: Device, limit: int) -> Found:
+def _find(run: RunFacts, world_size: int, device: Device, limit: int, given: ParallelConfig) -> Found:
     found = Found(limit)
     for layout in meshes(run, world_size, device):
-        _weigh(run, layout, device, found)
+        _weigh(run, layout, device, found, given)
     return found
 
 
@@ -147,6 +157,7 @@ def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
 def _possible(run: RunFacts, layout: Layout) -> bool:
     try:
         check_fit(layout, _parallel(run, layout), run.model, run.seq_len)
+        check_fp8(layout, _parallel(run, layout), run.model, run.precision)
     except LayoutError:
         return False
     return True
@@ -159,9 +170,17 @@ def _expert_sizes(run: RunFacts, layout: Layout) -> list[int]:
 
 
 def _parallel(
-    run: RunFacts, layout: Layout, schedule: Schedule = "1f1b", stages: int = 1, reshard: bool = True
+    run: RunFacts,
+    layout: Layout,
+    schedule: Schedule = "1f1b",
+    stages: int = 1,
+    reshard: bool = True,
+    given: ParallelConfig = TORCH,
 ) -> ParallelConfig:
     return ParallelConfig(
+        engine=given.engine,
+        deepspeed=given.deepspeed,
+        cpu_offload=given.cpu_offload,
         dp_replicate=layout.dp_replicate,
         dp_shard=layout.dp_shard,
         cp=layout.cp,
@@ -175,23 +194,40 @@ def _parallel(
     )
 
 
-def _variants(run: RunFacts, layout: Layout) -> Iterator[ParallelConfig]:
+def _variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iterator[ParallelConfig]:
     """The ways to run a mesh, that the model can have."""
+    if given.engine == "deepspeed":
+        yield from _zero_variants(run, layout, given)
+        return
     if layout.pp == 1:
-        yield _parallel(run, layout)
-        yield _parallel(run, layout, reshard=False)
+        yield _parallel(run, layout, given=given)
+        yield _parallel(run, layout, reshard=False, given=given)
         return
     for schedule, stages in PIPELINES:
-        parallel = _parallel(run, layout, schedule, stages)
+        parallel = _parallel(run, layout, schedule, stages, given=given)
         try:
             check_fit(layout, parallel, run.model, run.seq_len)
+            check_fp8(layout, parallel, run.model, run.precision)
         except LayoutError:
             continue
         yield parallel
 
 
-def _weigh(run: RunFacts, layout: Layout, device: Device, found: Found) -> None:
-    for parallel in _variants(run, layout):
+def _zero_variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iterator[ParallelConfig]:
+    """The stages that can offload what is to be."""
+    zero, compilation = given.deepspeed, CompileConfig(enabled=run.compiled)
+    least = 1 if zero.offload_optimizer != "none" else 0
+    if zero.offload_param != "none" or zero.offload_optimizer == "nvme":
+        least = 3
+    for stage in range(least, 4):
+        update = {"deepspeed": zero.model_copy(update={"stage": stage})}
+        parallel = _parallel(run, layout, given=given.model_copy(update=update))
+        if not any(refusals(layout, parallel, run.precision, compilation)):
+            yield parallel
+
+
+def _weigh(run: RunFacts, layout: Layout, device: Device, found: Found, given: ParallelConfig) -> None:
+    for parallel in _variants(run, layout, given):
         for size in MICRO_BATCHES:
             count, left = divmod(run.global_batch_size, size * layout.data_size)
             if left or not count or not _schedules(parallel, count):
@@ -217,11 +253,11 @@ def _schedules(parallel: ParallelConfig, count: int) -> bool:
     return parallel.pp_schedule in MANY_STAGES or count >= parallel.pp
 
 
-def _too_large(run: RunFacts, least: Estimate, device: Device) -> LayoutError:
+def _too_large(run: RunFacts, least: Estimate, device: Device, given: ParallelConfig) -> LayoutError:
     world = least.arrangement.layout.world_size
     # more ranks make no part smaller than their share
     sizes = (world * 2**n for n in range(1, 11) if least.memory.total / 2**n < device.memory_bytes)
-    more = next((size for size in sizes if _find(run, size, device, 1).fitting), None)
+    more = next((size for size in sizes if _find(run, size, device, 1, given).fitting), None)
     advice = (
         f"use {more} of them"
         if more

@@ -69,6 +69,7 @@ def _check(run: RunFacts, arrangement: Arrangement) -> None:
         ("parallel.cpu_offload", "true", parallel.cpu_offload, "false"),
         ("compile.enabled", "true", run.compiled, "false"),
         ("model.attention.kernel", "flex", run.model.attention.kernel == "flex", "auto"),
+        ("activation_checkpoint.mode", again, again == "auto", "selective"),
         # either half would recompute again and again
         ("activation_checkpoint.mode", again, two_halves and again != "none", "none"),
     )

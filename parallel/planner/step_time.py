@@ -8,6 +8,7 @@ from model.config import known
 from parallel.planner.activations import Shape, recomputed_layers
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
+from parallel.planner.offload import host_bytes, stepped
 from parallel.planner.parts import Parts
 from parallel.planner.rank import Rank, rank_at
 from parallel.planner.topology import seconds
@@ -39,34 +40,46 @@ class StepTime(Parts):
     cp: float = 0.0
     ep: float = 0.0
     pp: float = 0.0
-    """Sending from stage to stage."""
+    """Sending from stage to stage, where nothing is computed beside it."""
     bubble: float = 0.0
     """Ranks of a pipeline that wait for others."""
     optimizer: float = 0.0
+    host: float = 0.0
+    """Copies between a device and its host, of what is offloaded."""
 
 
 def predict_step_time(run: RunFacts, arrangement: Arrangement, device: Device) -> StepTime:
     """Of the slowest rank, for which the others wait."""
-    times = [_of_rank(run, arrangement, place, device) for place in _places(arrangement)]
+    times = [step_time_of_place(run, arrangement, place, device) for place in _places(run, arrangement)]
     return max(times, key=lambda time: time.total)
 
 
 def least_seconds(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
     """What a step takes at least, whichever data-parallel ranks share weights: quick, as layouts have it in common."""
-    return max(_at_work(run, arrangement, place, device).time.total for place in _places(arrangement))
+    return max(at_work(run, arrangement, place, device).time.total for place in _places(run, arrangement))
 
 
-def _places(arrangement: Arrangement) -> list[int]:
-    """Of the pipeline: its ends, and one of the others, which are alike."""
-    pp = arrangement.layout.pp
-    return sorted({0, pp // 2, pp - 1})
+def _places(run: RunFacts, arrangement: Arrangement) -> list[int]:
+    """Of the pipeline: its ends, and the one between them that has most layers."""
+    pp, parallel = arrangement.layout.pp, arrangement.parallel
+    if pp < 3:
+        return list(range(pp))
+    key = "places", pp, parallel.num_stages, parallel.pp_schedule
+
+    def find() -> list[int]:
+        fullest = max(range(1, pp - 1), key=lambda place: rank_at(run, arrangement, place).layers)
+        return [0, fullest, pp - 1]
+
+    return run.once(key, find)
 
 
 def compute_seconds(work: Work, run: RunFacts, device: Device, rate: float) -> float:
     """Of products, which reach a share `rate` of what large ones do, and attention."""
-    peak = device.peak_flops(run.precision)
-    matmul = work.matmul / (peak * device.matmul_efficiency * rate)
-    return matmul + work.attention / (peak * device.attention_efficiency)
+    peak = device.peak_flops(run.wide_precision)
+    matmul = (work.matmul - work.eight_bits) / peak
+    if work.eight_bits:
+        matmul += work.eight_bits / device.peak_flops("fp8")
+    return matmul / (device.matmul_efficiency * rate) + work.attention / (peak * device.attention_efficiency)
 
 
 def matmul_rate(run: RunFacts, arrangement: Arrangement, device: Device) -> float:
@@ -78,7 +91,7 @@ def matmul_rate(run: RunFacts, arrangement: Arrangement, device: Device) -> floa
 
 
 @dataclass(frozen=True)
-class _AtWork:
+class AtWork:
     """A rank's step but for what its data-parallel ranks do for each other."""
 
     time: StepTime
@@ -87,14 +100,15 @@ class _AtWork:
     backward: float
 
 
-def _at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> _AtWork:
+def at_work(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> AtWork:
+    """Of the rank at a place of the pipeline."""
     layout, parallel = arrangement.layout, arrangement.parallel
     pipeline = layout.pp, parallel.pp_schedule, parallel.num_stages
     key = "time", device.name, arrangement.share_of_work, arrangement.micro_batches(run), place, pipeline
     return run.once(key, lambda: _find_at_work(run, arrangement, rank_at(run, arrangement, place), device))
 
 
-def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> _AtWork:
+def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> AtWork:
     layout, micro_batches = arrangement.layout, arrangement.micro_batches(run)
     rate = matmul_rate(run, arrangement, device)
     work, traffic = work_of_rank(run, arrangement, rank), traffic_of_work(run, arrangement, rank)
@@ -105,11 +119,12 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
     recompute, forward = took(work.recompute), took(work.forward)
     compute = forward + took(work.backward)
     elementwise = _moving_seconds(work.total.moved * micro_batches, device)
-    exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep", "pp")}
+    exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep")}
+    exposed["pp"] = _sending(arrangement, traffic, device, compute + recompute + elementwise)
     if arrangement.in_ring:
         # while keys are on their way, those before them are at work
-        at_work = Work(attention=work.total.attention * (1 - 1 / layout.cp))
-        exposed["cp"] = max(0.0, exposed["cp"] - took(at_work))
+        beside = Work(attention=work.total.attention * (1 - 1 / layout.cp))
+        exposed["cp"] = max(0.0, exposed["cp"] - took(beside))
     on_device = compute + recompute + elementwise + sum(exposed.values())
     launch = max(0.0, _launching(run, arrangement, rank, device) * micro_batches - on_device)
     busy = on_device + launch
@@ -123,19 +138,28 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
         bubble=waiting,
         **exposed,
     )
-    return _AtWork(time, busy * share, busy * (1 - share))
+    return AtWork(time, busy * share, busy * (1 - share))
 
 
-def _of_rank(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> StepTime:
+def step_time_of_place(run: RunFacts, arrangement: Arrangement, place: int, device: Device) -> StepTime:
+    """Of the rank at a place of the pipeline."""
     micro_batches, rank = arrangement.micro_batches(run), rank_at(run, arrangement, place)
-    at_work = _at_work(run, arrangement, place, device)
+    passes = at_work(run, arrangement, place, device)
     copied = _moving_seconds(_copied(run, arrangement, rank, micro_batches), device)
     traffic = traffic_of_weights(run, arrangement, rank)
     return replace(
-        at_work.time,
-        dp=copied + _exposed(arrangement, traffic, device, micro_batches, at_work.forward, at_work.backward),
-        optimizer=_moving_seconds(STEPPED * rank.all.stored * run.master_size, device),
+        passes.time,
+        dp=copied + _exposed(arrangement, traffic, device, micro_batches, passes.forward, passes.backward),
+        optimizer=_stepping_seconds(run, arrangement, rank, device),
+        host=host_bytes(run, arrangement, rank) / (device.host_gb_per_s * 1e9 * device.link_efficiency),
     )
+
+
+def _stepping_seconds(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
+    bytes_ = STEPPED * stepped(arrangement, rank) * run.master_size
+    if arrangement.offloads:
+        return bytes_ / (device.host_memory_gb_per_s * 1e9 * device.memory_efficiency)
+    return _moving_seconds(bytes_, device)
 
 
 def _launching(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
@@ -153,6 +177,29 @@ def _moving_seconds(bytes_: float, device: Device) -> float:
 
 def _sum(traffic: Iterable[Exchange], dimension: str, device: Device) -> float:
     return sum(seconds(each, device) * each.count for each in traffic if each.dimension == dimension)
+
+
+def _sending(
+    arrangement: Arrangement, traffic: Iterable[Exchange], device: Device, computing: float
+) -> float:
+    """What a pipeline's ranks wait for what they send each other.
+
+    A micro-batch of 1f1b comes back to a rank just when it is needed, so that each send makes all later ones wait, and
+    torch's schedule waits for it, too. Schedules with several stages on a rank have more micro-batches under way
+    (Narayanan et al. 2021, section 2.2), and gpipe all: sends go on beside the computation of the next. None is beside
+    it while the pipeline fills and empties.
+
+    computing: seconds of a step.
+    """
+    waits = [each for each in traffic if each.dimension == "pp"]
+    taken = {each: seconds(each, device) * each.count for each in waits}
+    others = sum(taken[each] for each in waits if each.kind != "send")
+    sends = [each for each in waits if each.kind == "send"]
+    all_ = sum(taken[each] for each in sends)
+    if arrangement.parallel.pp_schedule == "1f1b":
+        return all_ + others
+    ramp = 2 * (arrangement.layout.pp - 1) * max((seconds(each, device) for each in sends), default=0.0)
+    return min(all_, ramp + max(0.0, all_ - computing)) + others
 
 
 def _copied(run: RunFacts, arrangement: Arrangement, rank: Rank, micro_batches: int) -> float:
@@ -178,11 +225,11 @@ def _exposed(
     """
     spent: dict[tuple[str, bool], float] = defaultdict(float)
     for each in traffic:
-        spent[each.kind, each.of == "root"] += seconds(each, device) * each.count
+        spent[each.kind, each.of in ("root", "step")] += seconds(each, device) * each.count
     gather, reduce, replicate = (
         spent[kind, False] for kind in ("all_gather", "reduce_scatter", "all_reduce")
     )
-    alone = sum(taken for (_, is_root), taken in spent.items() if is_root)
+    alone = sum(taken for (_, by_itself), taken in spent.items() if by_itself)
     if arrangement.layout.pp > 1:
         return alone + max(0.0, gather - forward / micro_batches) + reduce + replicate
     in_forward = gather if arrangement.keeps_gathered else gather / 2
@@ -211,7 +258,7 @@ def bubble(
         return of_one / (arrangement.parallel.stages_per_rank or 1)
     product, mixing = (
         compute_seconds(work, run, device, 1.0)
-        for work in (Work(forward.matmul), Work(attention=forward.attention))
+        for work in (Work(forward.matmul, eight_bits=forward.eight_bits), Work(attention=forward.attention))
     )
     left = (1 + FLASH_BACKWARD) * mixing
     return of_one * left / (3 * product + left)

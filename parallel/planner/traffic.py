@@ -15,6 +15,7 @@ from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.parameters import held
 from parallel.planner.rank import Rank
 from parallel.planner.work import needs_last_product
+from parallel.planner.zero import gathered_in_loss, whole_in_stage_3
 from parallel.stages import rank_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
@@ -38,7 +39,7 @@ class Exchange:
     """Of one: of the whole that all_gather puts out or reduce_scatter takes in, of what all_reduce, all_to_all and
     send take."""
     of: str
-    """What is sent: `layer`, `root`, `tokens`, ..."""
+    """What is sent: `layer`, `root`, `tokens`, ...; `step`: what is beside no computation."""
 
     @property
     def total(self) -> float:
@@ -61,7 +62,8 @@ def traffic_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list
 
 def traffic_of_weights(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
     """Those that gather weights and sum gradients over data-parallel ranks."""
-    return _of_several(_fsdp(run, arrangement, rank))
+    makes = _zero if arrangement.parallel.engine == "deepspeed" else _fsdp
+    return _of_several(makes(run, arrangement, rank))
 
 
 def traffic_of_work(run: RunFacts, arrangement: Arrangement, rank: Rank) -> list[Exchange]:
@@ -120,6 +122,34 @@ def _shards(
         yield Exchange("all_reduce", "dp_replicate", replicas, apart, count, shard * run.master_size, of)
 
 
+def _zero(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
+    """Whole gradients are summed in fp32: of stages 0 and 1 once in a step, of 2 after every micro-batch; stage 3 sends
+    each rank its part. Weights are gathered after the step, or by stage 3 whenever they are used and not there."""
+    layout, held, stage = arrangement.layout, rank.all, arrangement.parallel.deepspeed.stage
+    every = arrangement.micro_batches(run)
+    units = (
+        (held.whole, layout.shard_size, layout.tp),
+        (held.expert_whole, layout.shard_size // layout.ep, layout.tp * layout.ep),
+    )
+    for whole, ranks, stride in units:
+        if not whole:
+            continue
+        if stage == 3:
+            partitioned = whole - whole_in_stage_3(run, arrangement, rank)
+            again = partitioned - gathered_in_loss(run, arrangement, rank)
+            size = (partitioned + again) * run.itemsize
+            yield Exchange("all_gather", "dp_shard", ranks, stride, every, size, "layer")
+            yield Exchange("reduce_scatter", "dp_shard", ranks, stride, every, whole * WIDE, "layer")
+            left = (whole - partitioned) * run.itemsize
+            yield Exchange("all_gather", "dp_shard", ranks, stride, 1, left, "step")
+            continue
+        yield Exchange(
+            "all_reduce", "dp_shard", ranks, stride, every if stage == 2 else 1, whole * WIDE, "step"
+        )
+        if stage > 0:
+            yield Exchange("all_gather", "dp_shard", ranks, stride, 1, whole * run.itemsize, "step")
+
+
 def _tensor(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:
     layout, shape, model = arrangement.layout, Shape.of(run, arrangement), run.model
     ranks, micro_batches = layout.tp, arrangement.micro_batches(run)
@@ -149,7 +179,13 @@ def _tensor(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exc
     yield exchange("all_reduce", rank.is_first + rank.is_last)
     if rank.is_last:
         yield exchange("all_reduce", 1, 3 * shape.tokens * WIDE, "normalizers")
-    yield Exchange("all_reduce", "tp", ranks, 1, 1, rank.all.partial * run.master_size, "partial gradients")
+    if arrangement.parallel.engine == "deepspeed":
+        # as they are made
+        partial = rank.all.partial * layout.shard_size * run.itemsize
+        yield exchange("all_reduce", 1, partial, "partial gradients")
+    else:
+        partial = rank.all.partial * run.master_size
+        yield Exchange("all_reduce", "tp", ranks, 1, 1, partial, "partial gradients")
 
 
 def _context(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Iterator[Exchange]:

@@ -14,6 +14,10 @@ from parallel.planner.rank import Rank
 FLASH_BACKWARD = 2.5
 """Over its forward: the scores are made again (Dao 2023); of plain products it is 2."""
 
+QUANTIZED, QUANTIZED_COMPILED = 31, 5
+"""Bytes moved for a number that 8 bits are made of: by operators one after another, whose results are fp32, and by a
+pass for the largest number and one for the rest."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -25,12 +29,19 @@ class Work:
     matmul: float = 0.0
     attention: float = 0.0
     moved: float = 0.0
+    eight_bits: float = 0.0
+    """Of the products, those of 8-bit floats."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.matmul + other.matmul, self.attention + other.attention, self.moved + other.moved)
+        return Work(*(a + b for a, b in zip(self.values, other.values, strict=True)))
 
     def __mul__(self, times: float) -> "Work":
-        return Work(self.matmul * times, self.attention * times, self.moved * times)
+        return Work(*(value * times for value in self.values))
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All fields."""
+        return self.matmul, self.attention, self.moved, self.eight_bits
 
     @property
     def flops(self) -> float:
@@ -91,20 +102,44 @@ def _work_of_layer(run: RunFacts, arrangement: Arrangement, *, experts: bool) ->
     products = variant.query_cost(model) + variant.key_value_cost(model)
     mixing = variant.cost(model, run.seq_len).flops - products.flops
     fed = MoE.cost(model) if experts else FEEDFORWARD[model.ffn.variant].cost(model)
+    linear = projected + (0.0 if experts else fed.flops / tp)
+    eight_bits = shape.tokens * linear if run.precision == "fp8" else 0.0
     forward = Work(
         shape.tokens * (projected + fed.flops / tp),
         shape.tokens * mixing / tp,
         _moved(run, shape, experts=experts),
+        eight_bits,
     )
-    backward = Work(forward.matmul * 2, forward.attention * FLASH_BACKWARD, forward.moved * 2)
+    backward = Work(forward.matmul * 2, forward.attention * FLASH_BACKWARD, forward.moved * 2, eight_bits * 2)
+    if eight_bits:
+        there, back = _quantized(run, shape, linear, experts=experts)
+        forward, backward = forward + Work(moved=there), backward + Work(moved=back)
     again = Work()
     for recompute, share in recomputed_layers(arrangement.activation_checkpoint).items():
         if recompute == "full":
             last = 0.0 if experts or needs_last_product(run) else _last_product(run, shape, tp)
-            again += Work(forward.matmul - last, forward.attention, forward.moved) * share
+            narrow = eight_bits - last if eight_bits else 0.0
+            again += Work(forward.matmul - last, forward.attention, forward.moved, narrow) * share
         elif recompute == "selective":
             again += Work(moved=forward.moved) * share
     return Passes(forward, backward, again)
+
+
+def _quantized(run: RunFacts, shape: Shape, linear: float, *, experts: bool) -> tuple[float, float]:
+    """Bytes that making 8-bit floats moves in a layer's forward and backward; see `parallel.fp8`.
+
+    linear: FLOPs of a token. Of products' inputs, weights and outputs' gradients the largest number is looked for, and
+    each is scaled and rounded; in the backward weights again, and all three are transposed.
+    """
+    model, tp = run.model, run.model.attention.num_heads / shape.heads
+    hidden = 0.0 if experts else known(model.ffn.d_ff) / tp
+    gates = 0 if experts else 2 if model.ffn.variant != "mlp" else 1
+    heads, kv_heads = (count * known(model.attention.head_dim) for count in (shape.heads, shape.kv_heads))
+    d, tokens, weights = model.d_model, shape.tokens, linear / 2
+    inputs = tokens * ((3 + gates) * d + heads + hidden)
+    outputs = tokens * (heads + 2 * kv_heads + d + gates * hidden + (0 if experts else d))
+    each = QUANTIZED_COMPILED if run.compiled else QUANTIZED
+    return each * (inputs + weights), each * (weights + outputs) + 2 * (inputs + weights + outputs)
 
 
 def needs_last_product(run: RunFacts) -> bool:

@@ -142,6 +142,11 @@ def _refuse_foreign(key: str) -> None:
             raise LayoutError(f"parallel.deepspeed.config has {key}, which {instead} says: leave it out")
 
 
+def raw_number(section: DeepSpeedConfig, key: str, default: int) -> int:
+    """What one of DeepSpeed's own keys is, such as `zero_optimization.reduce_bucket_size`, or its default."""
+    return int(_flat(section.config).get(key, default))
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():

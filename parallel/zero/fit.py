@@ -18,16 +18,17 @@ def check_zero(
     if parallel.engine != "deepspeed":
         return
     check_installed()
-    for refusal in _refusals(layout, parallel, precision, compilation):
+    for refusal in refusals(layout, parallel, precision, compilation):
         raise LayoutError(refusal)
 
 
-def _refusals(
+def refusals(
     layout: Layout,
     parallel: ParallelConfig,
     precision: Precision,
     compilation: CompileConfig,
 ) -> Iterator[str]:
+    """Why the engine deepspeed can't run what is asked for."""
     zero = parallel.deepspeed
     asked = f"parallel.engine=deepspeed with parallel.deepspeed.stage={zero.stage}"
     if layout.pp > 1:

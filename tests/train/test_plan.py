@@ -95,8 +95,10 @@ def test_memory_before_a_start() -> None:
         (["7b", "data.global_batch_size=12", "--gpus", "8", "--layout", "given"], "data.global_batch_size=8"),
         (["tiny", "--gpus", "8", "--tokens", "1B"], "set model.vocab_size"),
         (["t5", "model.vocab_size=32000", "--gpus", "8", "--tokens", "1T"], "model.type=encoder_decoder"),
-        (["7b", "parallel.engine=deepspeed", "--gpus", "8"], "use parallel.engine=torch"),
-        (["7b", "parallel.cpu_offload=true", "--gpus", "8"], "use parallel.cpu_offload=false"),
+        (
+            ["7b", "parallel.engine=deepspeed", "parallel.pp=2", "--gpus", "8", "--layout", "given"],
+            "use parallel.engine=torch",
+        ),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str) -> None:
@@ -127,7 +129,7 @@ def test_recommended_layouts_can_be_started() -> None:
             config = load_for_plan(name, overrides)
             layout = resolve_layout(config.parallel, size)
             check_fit(layout, config.parallel, config.model, config.model.max_seq_len)
-            arrangement = arrangement_of(config, layout)
+            arrangement = arrangement_of(config, layout, GPU)
             check_micro_batches(config.parallel, arrangement.micro_batches(run_facts(config)))
             assert memory_of(config, layout, GPU).total < GPU.memory_bytes
             cells += 1

@@ -92,6 +92,8 @@ def _show(name: str, made: "Plan") -> None:
     print(
         f"memory  {memory.total / 1e9:.1f} GB of {device.memory_bytes / 1e9:.1f} on a device: {memory.in_gb}"
     )
+    if memory.host:
+        print(f"host    {memory.host / 1e9:.1f} GB of its memory for each device")
     took = (
         f"{name} {format_seconds(part)}" for name, part in time.parts.items() if part >= time.total / 1000
     )
@@ -135,8 +137,12 @@ def _described(found: "Estimate") -> str:
     if parallel.pp > 1:
         stages = f" of {parallel.stages_per_rank} stages" if (parallel.stages_per_rank or 1) > 1 else ""
         words.append(f"{parallel.pp_schedule}{stages}")
+    elif parallel.engine == "deepspeed":
+        words.append(f"ZeRO stage {parallel.deepspeed.stage}")
     elif not parallel.reshard_after_forward:
         words.append("weights stay gathered")
+    if arrangement.offloads:
+        words.append("offloaded")
     if arrangement.in_ring:
         words.append("cp in a ring")
     words.append(f"micro-batches of {arrangement.micro_batch_size}")

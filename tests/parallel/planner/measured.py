@@ -1,5 +1,6 @@
 """The peak of a rank's memory in real steps on this CPU, by tracking what its allocator hands out."""
 
+import gc
 from collections import defaultdict
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.stream import Batch
 from model.config import BaseModelConfig, known
+from parallel.engine import Engine
+from parallel.engines import make_engine
 from parallel.gradients import local
-from parallel.mesh import Mesh
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.simulate import engine_config
 from parallel.simulate import simulated_rank
-from parallel.torch_engine import TorchEngine
 
 
 def batch_of(tokens: Tensor) -> Batch:
@@ -36,6 +37,7 @@ def measured_peak(run: RunFacts, arrangement: Arrangement, rank: int = 0) -> int
 
 def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
     """The same of this process, in a group of as many as the layout has."""
+    before = _storages()
     engine = engine_for(run, arrangement)
     sequences = run.global_batch_size // arrangement.layout.data_size
     tokens = torch.zeros(sequences, run.seq_len, dtype=torch.int64)
@@ -46,7 +48,7 @@ def peak_here(run: RunFacts, arrangement: Arrangement) -> int:
         engine.step(0.0)
 
     step()
-    held = _bytes_of(engine)
+    held = sum(storage.nbytes() for place, storage in _storages().items() if place not in before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     return held + _peak(profiler)
@@ -91,38 +93,46 @@ def _grouped(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
 GROUPED = {torch.ops.trireme.grouped_linear: _grouped, torch.ops.trireme.grouped_outer: _grouped}
 
 
-def counted_step(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
-    """FLOPs of a rank's matrix products in a real step, and the bytes of its collectives by kind."""
+def counted_step(run: RunFacts, arrangement: Arrangement, before: int = 0) -> tuple[float, dict[str, float]]:
+    """FLOPs of a rank's matrix products in a real step, and the bytes of its collectives by kind; the first, or one
+    that comes after others."""
     with simulated_rank(0, arrangement.layout.world_size):
-        return counted_here(run, arrangement)
+        return counted_here(run, arrangement, before)
 
 
-def counted_here(run: RunFacts, arrangement: Arrangement) -> tuple[float, dict[str, float]]:
+def counted_here(run: RunFacts, arrangement: Arrangement, before: int = 0) -> tuple[float, dict[str, float]]:
     """The same of this process, in a group of as many as the layout has."""
     engine = engine_for(run, arrangement)
     sequences = run.global_batch_size // arrangement.layout.data_size
     tokens = torch.randint(0, known(run.model.vocab_size), (sequences, run.seq_len))
-    with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
+
+    def step() -> None:
         engine.forward_backward(batch_of(tokens), 0)
         engine.step(0.0)
+
+    for _ in range(before):
+        step()
+    with FlopCounterMode(display=False, custom_mapping=GROUPED) as flops, _Counter() as counter:
+        step()
     return flops.get_total_flops(), dict(counter.bytes)
 
 
-def engine_for(run: RunFacts, arrangement: Arrangement) -> TorchEngine:
+def engine_for(run: RunFacts, arrangement: Arrangement) -> Engine:
     """The engine that is measured, in a group of as many as the layout has."""
 
     def make_optimizer(model: nn.Module, _: BaseModelConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), fused=True)
 
-    return TorchEngine(
-        engine_config(run, arrangement), Mesh(arrangement.layout, "cpu"), torch.device("cpu"), make_optimizer
-    )
+    config, device = engine_config(run, arrangement), torch.device("cpu")
+    return make_engine(config, arrangement.layout, device, make_optimizer)
 
 
-def _bytes_of(engine: TorchEngine) -> int:
-    """Of weights and optimizer state, which were there before."""
-    state = [value for values in engine.optimizer.state.values() for value in values.values()]
-    return sum(local(t).untyped_storage().nbytes() for t in (*engine.parameters.values(), *state))
+def _storages() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors that there are, by its address, which no other gets while this is held."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    storages = [local(each).untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 def _peak(profiler: Any) -> int:

@@ -1,16 +1,21 @@
 """The predicted peak of memory is the one that real steps have, as a CPU's allocator counts it."""
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from parallel.activation_budget import choose
 from parallel.activation_memory import measure
 from parallel.build import Blueprint
-from parallel.config import Precision
+from parallel.config import ActivationCheckpointConfig, Precision
 from parallel.context import context_of
+from parallel.errors import LayoutError
 from parallel.mesh import Mesh
-from parallel.planner.activations import kept_of_layer
+from parallel.planner.activations import kept_of_layer, recomputed_layers, resolve
+from parallel.planner.estimate import estimate
 from parallel.planner.hardware import load_device
 from parallel.planner.memory import predict_memory
 from parallel.planner.rank import ranks_of, under_way
@@ -35,6 +40,8 @@ PEAKS: list[tuple[str, dict[str, Any], Precision, int, int, str, dict[str, Any]]
     ("replicas", LLAMA, "bf16", 16, 1, "none", {"dp_replicate": 2, "dp_shard": 4}),
     ("tensor parallel", LLAMA, "bf16", 8, 2, "selective", {"dp_shard": 2, "tp": 4}),
     ("context parallel", LLAMA, "bf16", 8, 2, "none", {"dp_shard": 2, "cp": 2}),
+    ("8 bits", LLAMA, "fp8", 8, 2, "none", {"dp_shard": 2}),
+    ("8 bits, full", LLAMA, "fp8", 8, 2, "full", {"dp_shard": 2}),
     ("gathered weights kept", LLAMA, "bf16", 8, 2, "full", {"dp_shard": 2, "reshard_after_forward": False}),
 ]
 
@@ -73,19 +80,60 @@ def test_the_peak_of_a_pipeline(pools: dict[int, WorkerPool], schedule: str, aga
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 4}, {"tp": 4, "cp": 2}, {"cp": 4}], ids=str)
 @pytest.mark.parametrize("model", [LLAMA, GPT, MOE, SHARED, SANDWICH, PARALLEL], ids=range(6))
-def test_layers_keep_what_their_twins_keep(model: dict[str, Any], sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_layers_keep_what_their_twins_keep(
+    model: dict[str, Any], sizes: dict[str, Any], precision: Precision
+) -> None:
     """The layout's own measurement, of every layer and each way of recomputing, is met within a tenth."""
-    run, arrangement = run_of(model), arranged(2, **sizes)
+    if precision == "fp8" and "tp" in sizes:
+        sizes = sizes | {"tp": 2}  # which leaves widths in sixteens
+    run, arrangement = run_of(model, precision), arranged(2, **sizes)
     with simulated_rank(0, arrangement.layout.world_size):
         mesh = Mesh(arrangement.layout, "cpu")
         context = context_of(arrangement.parallel, mesh)
-        blueprint = Blueprint(run.model, arrangement.parallel, mesh, context)
+        blueprint = Blueprint(run.model, arrangement.parallel, mesh, context, fp8=precision == "fp8")
         kept = measure(blueprint, torch.bfloat16, (2, run.seq_len))
     for name, measured in kept.items():
         experts = int(name.rpartition(".")[2]) in run.model.moe_layers
         predicted = kept_of_layer(run, arrangement, "cpu", experts=experts)
         for how, size in measured.items():
             assert predicted.of(how) == pytest.approx(size, rel=0.1), (name, how)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dp_shard": 4}], ids=str)
+@pytest.mark.parametrize("budget", [900_000, 3_000_000, 6_000_000])
+def test_a_budget_is_met_as_a_run_meets_it(sizes: dict[str, Any], budget: int) -> None:
+    """With as many layers of each kind as the engine chooses, and its peak."""
+    run = run_of(LLAMA, sequences=8)
+    config = ActivationCheckpointConfig(mode="auto", memory_budget=budget)
+    arrangement = replace(arranged(2, **sizes), activation_checkpoint=config)
+    resolved = resolve(run, arrangement, "cpu")
+    ranks = arrangement.layout.world_size
+    with simulated_rank(0, ranks):
+        mesh = Mesh(arrangement.layout, "cpu")
+        kept = measure(Blueprint(run.model, arrangement.parallel, mesh, None), torch.bfloat16, (2, 256))
+    chosen = Counter(choose(kept, budget).values())
+    expected = {how: count / run.model.num_layers for how, count in chosen.items()}
+    assert recomputed_layers(resolved.activation_checkpoint) == expected
+
+
+def test_a_budget_that_is_too_small_is_told() -> None:
+    config = ActivationCheckpointConfig(mode="auto", memory_budget=1000)
+    with pytest.raises(LayoutError, match="memory_budget=.* set at least 5.*KB"):
+        resolve(run_of(LLAMA), replace(arranged(2), activation_checkpoint=config), "cpu")
+
+
+def test_offload_leaves_a_device_what_is_at_work() -> None:
+    run, gpu = run_of(LLAMA, sequences=8), load_device("h100-80gb")
+    here, there = (estimate(run, arranged(2, dp_shard=4, cpu_offload=on), gpu) for on in (False, True))
+    assert (there.memory.weights, there.memory.optimizer, there.memory.gradients) == (0, 0, 0)
+    assert there.memory.activations == here.memory.activations
+    assert there.memory.host == pytest.approx(4 / 3 * (here.memory.weights + here.memory.optimizer))
+    assert there.time.host > 0 and there.time.optimizer > here.time.optimizer
+    offloaded = arranged(2, dp_shard=4, cpu_offload=True)
+    assert predict_memory(run, offloaded, CPU).total == pytest.approx(
+        measured_peak(run, offloaded), rel=0.1
+    ), "a CPU's ranks compute in the host's memory"
 
 
 def test_a_gpu_needs_less_for_norms_and_has_a_reserve() -> None:

@@ -38,6 +38,12 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
         {"model.tie_embeddings": False, "activation_checkpoint.mode": "none", "parallel.dp_replicate": 8},
     ),
     ("1b", 64, 0, {"parallel.dp_replicate": 64, "parallel.dp_shard": 1}),
+    (
+        "1b",
+        64,
+        0,
+        {"activation_checkpoint.mode": "none", "data.micro_batch_size": 8, "data.global_batch_size": 512},
+    ),
     ("1b", 1024, 0, {"parallel.tp": 16, "activation_checkpoint.mode": "selective"}),
     ("1b", 256, 0, {"parallel.tp": 4, "parallel.sequence_parallel": False}),
     ("1b", 256, 0, {"parallel.cp": 8, "activation_checkpoint.mode": "none"}),
