@@ -44,7 +44,7 @@ class InitialValues:
         if cut.dim == 1:
             rows = rows.narrow(1, start, shape[1])
         if elements is None:
-            return rows.reshape(shape)
+            return rows.reshape(shape).contiguous()
         return rows.flatten()[elements.start - first * rest :][: len(elements)]
 
     def _place(self, cut: Cut) -> tuple[int, tuple[int, ...]]:
