@@ -178,7 +178,6 @@ def run_facts(config: Config) -> RunFacts:
         config.data.global_batch_size,
         config.precision,
         config.compile.enabled,
-        config.parallel.cp_method,
     )
 
 

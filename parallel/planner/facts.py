@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from model.config import ModelConfig
-from parallel.config import ActivationCheckpointConfig, ContextMethod, ParallelConfig, Precision
+from parallel.config import ActivationCheckpointConfig, ParallelConfig, Precision
 from parallel.fit import BYTES
 from parallel.layout import SIZES, Layout
 from parallel.planner.parameters import Inventory, take_inventory
@@ -26,8 +26,6 @@ class RunFacts:
     """Sequences of a step."""
     precision: Precision = "bf16"
     compiled: bool = False
-    cp_method: ContextMethod = "heads"
-    """Of the layouts that are searched."""
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:

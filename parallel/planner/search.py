@@ -108,7 +108,7 @@ def search(
 ) -> Found:
     """The fastest layouts of so many ranks.
 
-    given: what all have in common: the engine, and what is offloaded.
+    given: what all have in common: the engine, what is offloaded, and the method of context parallelism.
 
     Raises:
         LayoutError: none is possible, or none fits into the device's memory.
@@ -128,12 +128,12 @@ def search(
 
 def _find(run: RunFacts, world_size: int, device: Device, limit: int, given: ParallelConfig) -> Found:
     found = Found(limit)
-    for layout in meshes(run, world_size, device):
+    for layout in meshes(run, world_size, device, given):
         _weigh(run, layout, device, found, given)
     return found
 
 
-def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
+def meshes(run: RunFacts, world_size: int, device: Device, given: ParallelConfig = TORCH) -> Iterator[Layout]:
     """All sizes of the mesh's dimensions that the model can have, least cut ones first."""
     sizes = [
         (pp * tp * cp, pp, tp, cp)
@@ -144,7 +144,7 @@ def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
     ]
     for cut, pp, tp, cp in sorted(sizes):
         ranks = world_size // cut
-        if not _possible(run, Layout(dp_shard=ranks, cp=cp, tp=tp, pp=pp)):
+        if not _possible(run, Layout(dp_shard=ranks, cp=cp, tp=tp, pp=pp), given):
             continue
         for dp_replicate in divisors(ranks):
             if run.global_batch_size % ranks:
@@ -154,10 +154,11 @@ def meshes(run: RunFacts, world_size: int, device: Device) -> Iterator[Layout]:
                 yield Layout(dp_replicate, ranks // dp_replicate, cp, tp, pp, ep)
 
 
-def _possible(run: RunFacts, layout: Layout) -> bool:
+def _possible(run: RunFacts, layout: Layout, given: ParallelConfig) -> bool:
+    parallel = _parallel(layout, given=given)
     try:
-        check_fit(layout, _parallel(run, layout), run.model, run.seq_len)
-        check_fp8(layout, _parallel(run, layout), run.model, run.precision)
+        check_fit(layout, parallel, run.model, run.seq_len)
+        check_fp8(layout, parallel, run.model, run.precision)
     except LayoutError:
         return False
     return True
@@ -170,7 +171,6 @@ def _expert_sizes(run: RunFacts, layout: Layout) -> list[int]:
 
 
 def _parallel(
-    run: RunFacts,
     layout: Layout,
     schedule: Schedule = "1f1b",
     stages: int = 1,
@@ -184,7 +184,7 @@ def _parallel(
         dp_replicate=layout.dp_replicate,
         dp_shard=layout.dp_shard,
         cp=layout.cp,
-        cp_method=run.cp_method,
+        cp_method=given.cp_method,
         tp=layout.tp,
         pp=layout.pp,
         ep=layout.ep,
@@ -200,11 +200,11 @@ def _variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iterator[
         yield from _zero_variants(run, layout, given)
         return
     if layout.pp == 1:
-        yield _parallel(run, layout, given=given)
-        yield _parallel(run, layout, reshard=False, given=given)
+        yield _parallel(layout, given=given)
+        yield _parallel(layout, reshard=False, given=given)
         return
     for schedule, stages in PIPELINES:
-        parallel = _parallel(run, layout, schedule, stages, given=given)
+        parallel = _parallel(layout, schedule, stages, given=given)
         try:
             check_fit(layout, parallel, run.model, run.seq_len)
             check_fp8(layout, parallel, run.model, run.precision)
@@ -221,7 +221,7 @@ def _zero_variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iter
         least = 3
     for stage in range(least, 4):
         update = {"deepspeed": zero.model_copy(update={"stage": stage})}
-        parallel = _parallel(run, layout, given=given.model_copy(update=update))
+        parallel = _parallel(layout, given=given.model_copy(update=update))
         if not any(refusals(layout, parallel, run.precision, compilation)):
             yield parallel
 

@@ -1,7 +1,6 @@
 """The search finds what a look at every layout finds, and what it finds can be started."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -88,8 +87,9 @@ def test_the_largest_search_weighs_few_enough() -> None:
 
 def test_the_method_that_is_asked_for_is_searched() -> None:
     """Four sequences and eight ranks: some share a sequence."""
-    run = replace(run_of(LLAMA, sequences=4), cp_method="ring")
-    found = [each.arrangement for each in search(run, 8, GPU, limit=20).fitting]
+    ring = ParallelConfig(cp_method="ring")
+    searched = search(run_of(LLAMA, sequences=4), 8, GPU, limit=20, given=ring)
+    found = [each.arrangement for each in searched.fitting]
     assert any(arrangement.layout.cp > 1 for arrangement in found)
     assert all(arrangement.in_ring for arrangement in found if arrangement.layout.cp > 1)
 
