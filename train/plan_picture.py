@@ -63,8 +63,8 @@ def draw_plan(name: str, plan: Plan, path: Path) -> Path:
     for place, each in enumerate(found):
         text = f" {format_seconds(each.time.total)}, MFU {each.utilization:.0%}"
         time.text(each.time.total, place, text, va="center", fontsize=9)
-    time.set(title="a step", xlabel="seconds", xlim=(0, max(each.time.total for each in found) * 1.3))
-    memory.set(title="memory of the fullest device at its peak", xlabel="GB")
+    time.set(title="a step, seconds", xlim=(0, max(each.time.total for each in found) * 1.3))
+    memory.set(title="memory of the fullest device at its peak, GB")
     draw_timeline(figure.add_subplot(grid[1, :]), plan.best)
     _layout(figure.add_subplot(grid[2, :]), plan.best)
     training, device = plan.training, plan.best.device
