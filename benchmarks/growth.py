@@ -162,6 +162,9 @@ def draw(points: list[Point], picture: Path) -> None:
     for axis, (of, name, label) in zip(axes.flat, panels, strict=True):
         _panel(axis, [point for point in points if point.of == of], name)
         axis.set(xlabel=of, ylabel=label, xscale="log", yscale="log")
+        places = sorted({point.x for point in points if point.of == of})
+        axis.set_xticks(places, [format_count(int(place)) for place in places])
+        axis.set_xticks([], minor=True)
     axes.flat[0].legend()
     figure.savefig(picture, dpi=110)
 

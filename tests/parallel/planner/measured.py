@@ -131,8 +131,16 @@ def _storages() -> dict[int, torch.UntypedStorage]:
     """The memory of all tensors that there are, by its address, which no other gets while this is held."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    storages = [local(each).untyped_storage() for each in tensors if each.device.type == "cpu"]
-    return {storage.data_ptr(): storage for storage in storages}
+    return dict(filter(None, (_storage(each) for each in tensors if each.device.type == "cpu")))
+
+
+def _storage(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
+    """A tensor's memory and its address; the compiler keeps tensors that have none."""
+    try:
+        storage = local(tensor).untyped_storage()
+        return storage.data_ptr(), storage
+    except RuntimeError:
+        return None
 
 
 def _peak(profiler: Any) -> int:
