@@ -163,7 +163,7 @@ def draw(points: list[Point], picture: Path) -> None:
         _panel(axis, [point for point in points if point.of == of], name)
         axis.set(xlabel=of, ylabel=label, xscale="log", yscale="log")
         places = sorted({point.x for point in points if point.of == of})
-        axis.set_xticks(places, [format_count(int(place)) for place in places])
+        axis.set_xticks(places, [f"{x:,.0f}" if x < 1e4 else format_count(int(x)) for x in places])
         axis.set_xticks([], minor=True)
     axes.flat[0].legend()
     figure.savefig(picture, dpi=110)
