@@ -204,7 +204,7 @@ def test_a_hung_run_ends_and_every_rank_shows_where_it_stands(tiny_config: str, 
     settings = ["parallel.dp_shard=2", "faults.hang_timeout=20s", "monitor.tensorboard=false"]
     held = {"PYTHONPATH": SLOW, "HOLD_UNTIL": str(tmp_path / "never"), "HOLD_RANK": "1"}
     with patch.dict(os.environ, held), training(tiny_config, tmp_path, *settings) as process:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output
     assert len(losses(tmp_path / "run")) == 6, "step 7 is told of when step 8 is under way"
     stacks = [RunFolder(tmp_path / "run").log_of(rank).read_text() for rank in range(2)]
@@ -317,11 +317,11 @@ def test_a_killed_worker_is_started_again_and_computes_what_it_would_have(
             time.sleep(0.02)
         assert len(losses(tmp_path / "run")) < 15, "it is killed on its way"
         os.kill(workers(tmp_path)[-1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "from step 11 to 20" in output
     with training(tiny_config, tmp_path / "whole", *settings) as process:
-        assert process.wait(240) == 0, process.communicate()[0]
+        assert process.wait(600) == 0, process.communicate()[0]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole" / "run")
     killed, whole = tensors_of(tmp_path / "run", 20), tensors_of(tmp_path / "whole" / "run", 20)
     assert all(torch.equal(killed[name], whole[name]) for name in whole)

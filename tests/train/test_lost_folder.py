@@ -54,7 +54,7 @@ def test_the_next_save_ends_the_run_with_one_line_from_each_rank(
     with training(tiny_config, tmp_path, *settings, code=MINDS_MODES) as process:
         wait_for_step(tmp_path, 3)
         lose(RunFolder(tmp_path / "run"))
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output
     assert "Traceback" not in output
     told = [line for line in output.splitlines() if line.startswith("error: ")]
