@@ -102,26 +102,26 @@ def holds_of(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Holds:
 
 
 def _holds_of(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Holds:
-    stage, a, size = arrangement.parallel.deepspeed.stage, run.itemsize, _Sizes.of(arrangement, rank)
+    zero, a, size = arrangement.parallel.deepspeed, run.itemsize, _Sizes.of(arrangement, rank)
+    stage, offloads = zero.stage, zero.offload_optimizer != "none"
     narrow, n, shard = a < WIDE, size.all, size.shard
-    twice = arrangement.parallel.deepspeed.offload_optimizer != "none" or not narrow
     if stage == 0:
         # the library's optimizer for narrow weights has a master of each; for fp32 there is none
         copies = (a + WIDE if narrow else a) * size.filled
         stepped = a * n + (WIDE * n if narrow else 0.0)
         return Holds(a * n, WIDE * n if narrow else 0.0, 8.0 * n, a * n, 0.0, 0.0, copies, stepped)
     master, optimizer, reduced = WIDE * shard, 8.0 * shard, WIDE * shard
-    if stage == 1 and run.precision == "bf16" and arrangement.parallel.deepspeed.offload_optimizer == "none":
+    if stage == 1 and run.precision == "bf16" and not offloads:
         # sums in fp32 of whole gradients, which stay
         return Holds(a * n, master, optimizer, a * n, WIDE * n, 0.0, 0.0, (a + WIDE) * n)
     # where they are fp32 from the start, they are flattened once more for the step; with offload on the host
-    stepped = reduced * (2 if twice else 1)
+    stepped = reduced * (2 if offloads or not narrow else 1)
     if stage == 1:
         bucket, copies = WIDE * size.bucket, WIDE * size.filled
         return Holds(a * n, master, optimizer, WIDE * n, reduced if narrow else 0.0, bucket, copies, stepped)
     if stage == 2:
         copies = (a + (WIDE if narrow else 0)) * size.filled
-        buckets = 2 if arrangement.parallel.deepspeed.config.get("overlap_comm") else 1
+        buckets = 2 if zero.config.get("overlap_comm") else 1
         return Holds(a * n, master, optimizer, 0.0, reduced, a * buckets * size.bucket, copies, stepped)
     weights = a * (shard + whole_in_stage_3(run, arrangement, rank))
     return Holds(
@@ -179,9 +179,9 @@ def _passes(
     in_loss, _, after_loss = loss_bytes(run, arrangement, device)
     layers = list(layers_of(run, arrangement, rank, device))
     kept = sum(layer.kept * layer.count for layer in layers)
-    before = (
-        holds.gradients if stage == 1 and holds.bucket == 0 else 0.0 if one and stage < 3 else holds.gradients
-    )
+    # reduced gradients are made in a step's backward, but for those of stage 3 and for sums in fp32
+    stays = stage == 3 or (stage == 1 and holds.bucket == 0)
+    before = holds.gradients if stays or not one else 0.0
     before += 0.0 if one else holds.whole_gradients
     gathered = 0.0
     if stage == 3:
