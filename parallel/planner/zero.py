@@ -121,7 +121,7 @@ def _holds_of(run: RunFacts, arrangement: Arrangement, rank: Rank) -> Holds:
         return Holds(a * n, master, optimizer, WIDE * n, reduced if narrow else 0.0, bucket, copies, stepped)
     if stage == 2:
         copies = (a + (WIDE if narrow else 0)) * size.filled
-        buckets = 2 if zero.config.get("overlap_comm") else 1
+        buckets = 1 + raw_number(zero, "zero_optimization.overlap_comm", 0)
         return Holds(a * n, master, optimizer, 0.0, reduced, a * buckets * size.bucket, copies, stepped)
     weights = a * (shard + whole_in_stage_3(run, arrangement, rank))
     return Holds(

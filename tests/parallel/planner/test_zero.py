@@ -123,3 +123,15 @@ def test_experts_are_partitioned_over_those_that_have_the_same() -> None:
     whole = predict_memory(run, zero(2), CPU)
     shared = predict_memory(run, arrangement, CPU)
     assert shared.weights < whole.weights and shared.optimizer == pytest.approx(whole.optimizer)
+
+
+def test_a_bucket_is_there_twice_where_communication_overlaps() -> None:
+    run, bucket = run_of(MANY_WEIGHTS, sequences=4), 200_000
+    peaks = []
+    for overlaps in (False, True):
+        raw = {"zero_optimization": {"reduce_bucket_size": bucket, "overlap_comm": overlaps}}
+        section = {"stage": 2, "config": raw}
+        arrangement = arranged(1, "full", engine="deepspeed", deepspeed=section, dp_shard=4)
+        peaks.append((measured_peak(run, arrangement), predict_memory(run, arrangement, CPU).total))
+    (measured, planned), (measured_twice, planned_twice) = peaks
+    assert measured_twice - measured == planned_twice - planned == bucket * run.itemsize
