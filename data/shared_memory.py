@@ -53,9 +53,14 @@ def clean_stale_shared_memory() -> list[str]:
 
 
 def _clean() -> list[str]:
-    segments = [path for path in _SHARED_MEMORY.iterdir() if _SEGMENT.fullmatch(path.name) and _ours(path)]
+    segments = {
+        path: stat.st_ino
+        for path in _SHARED_MEMORY.iterdir()
+        if _SEGMENT.fullmatch(path.name) and (stat := _ours(path))
+    }
     # A run's short-lived segments are at times mapped by no process, but its others are: it lives or dies whole.
-    alive = {Path(name).name[:6] for name in _mapped()} if segments else set()
+    mapped = _mapped() if segments else set()
+    alive = {path.name[:6] for path, inode in segments.items() if inode in mapped}
     stale = [path for path in segments if path.name[:6] not in alive]
     for path in stale:
         path.unlink(missing_ok=True)
@@ -66,20 +71,24 @@ def _clean() -> list[str]:
     return [path.name for path in stale]
 
 
-def _ours(path: Path) -> bool:
+def _ours(path: Path) -> os.stat_result | None:
     try:
-        return path.stat().st_uid == os.getuid()
+        stat = path.stat()
     except FileNotFoundError:
-        return False
+        return None
+    return stat if stat.st_uid == os.getuid() else None
 
 
-def _mapped() -> set[str]:
-    """The shared memory that processes which we may look into have mapped: all of this user's are among them."""
-    found: set[str] = set()
+def _mapped() -> set[int]:
+    """The inodes of shared memory that processes have mapped which we may look into: all of this user's are.
+
+    Not the names: a living process may hold a removed segment, whose name a later run bore.
+    """
+    found: set[int] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             lines = maps.read_text(errors="replace").splitlines()
         except OSError:  # it has ended, or belongs to another user
             continue
-        found.update(line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line)
+        found.update(int(line.split()[4]) for line in lines if "/dev/shm/" in line)
     return found

@@ -1,13 +1,15 @@
 """The order of the data is a function of seed and step, whoever reads it and however often it is interrupted."""
 
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +277,18 @@ def _segments() -> list[str]:
     ]
 
 
+@contextmanager
+def _mapped_after_removal(name: str) -> Iterator[None]:
+    path = Path("/dev/shm", name)
+    path.unlink(missing_ok=True)
+    with path.open("wb+") as file:
+        file.write(b"removed")
+        file.flush()
+        with mmap.mmap(file.fileno(), 0):
+            path.unlink()
+            yield
+
+
 def _left_by(prefix: str) -> set[tuple[str, int]]:
     """A run's segments and locks, told apart from those of a later run that takes the same number."""
     found = set()
@@ -349,7 +363,8 @@ def test_what_killed_runs_leave_is_removed_and_what_living_ones_use_is_not(prepa
         os.killpg(run.pid, signal.SIGKILL)
     left = _left_by(killed)
     assert f"/dev/shm/{killed}_locals" in {name for name, _ in left}
-    clean_stale_shared_memory()  # unless a run of a test beside this one came before
+    with _mapped_after_removal(f"{killed}_epoch_data"):  # by a process that outlived a run of the same number
+        clean_stale_shared_memory()  # unless a run of a test beside this one came before
     assert not left & _left_by(killed)
     assert f"{_prefix(living)}_locals" in _segments()
     assert len(next(living).targets) == BATCH
