@@ -29,7 +29,7 @@ lint: $(VENV)/.installed
 	mypy
 
 # two at a time, as many tests start processes of their own; a file's tests share what they set up
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	pytest $(SIDE_BY_SIDE)

@@ -55,7 +55,7 @@ class Cluster:
             self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
             for name in self.names:
                 self.start_node(name)
-            self._wait_until_idle(seconds=60)
+            self.wait_until_idle()
             on_failure.pop_all()
         return self
 
@@ -86,6 +86,29 @@ class Cluster:
             if environment.get("SLURM_CONF") == str(self.conf)
             and environment.get("SLURMD_NODENAME", "-") in ([node] if node else self.names)
         ]
+
+    def wait_until_idle(self, seconds: float = 60) -> None:
+        """Until no node has a job on it.
+
+        Raises:
+            RuntimeError: a daemon has ended, or the time is over.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if ended:
+                break
+            shown = subprocess.run(  # fails until there is a controller
+                ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"],
+                env=os.environ | self.environment,
+                capture_output=True,
+                text=True,
+            )
+            if shown.stdout.strip() == str(len(self.names)):
+                return
+            time.sleep(0.1)
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted((self.folder / "log").iterdir()))
+        raise RuntimeError(f"the cluster's nodes are not idle: {logs}")
 
     def _start(self, name: str, command: list[str]) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as output:
@@ -155,24 +178,6 @@ class Cluster:
             "PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60\n"
             "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF\n"
         )
-
-    def _wait_until_idle(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
-            if ended:
-                break
-            shown = subprocess.run(
-                ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"],
-                env=os.environ | self.environment,
-                capture_output=True,
-                text=True,
-            )
-            if shown.stdout.strip() == str(len(self.names)):
-                return
-            time.sleep(0.1)
-        logs = "\n".join(path.read_text()[-2000:] for path in sorted((self.folder / "log").iterdir()))
-        raise RuntimeError(f"the cluster did not come up: {logs}")
 
     def _stop(self) -> None:
         """End the daemons and all that jobs left, by their process ids, and remove the folder."""

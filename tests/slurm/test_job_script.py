@@ -203,6 +203,7 @@ def test_a_sick_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> 
     """The first two nodes that are free would be n1 and n2."""
     check = f'if [ "$SLURMD_NODENAME" = n2 ]; then echo "GPU 3 is gone" >"$2/n2"; else {HEALTHY}; fi'
     run = FakeRun(tmp_path / "sick", 'echo "$SLURM_JOB_NODELIST" >"$run/nodes"', check)
+    cluster.wait_until_idle()
     (job,) = run.submit(cluster, make(exclude="n[4-8]"))
     run.wait_for("done", 90)
     assert run.events[1] == "requeue left out n2"
@@ -217,9 +218,19 @@ def test_a_sick_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> 
 def test_a_node_that_does_not_answer_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
     check = f'[ "$SLURMD_NODENAME" != n5 ] || sleep 60\n{HEALTHY}'
     run = FakeRun(tmp_path / "mute", "true", check)
-    run.submit(cluster, make(exclude="n[1-4,8]", health={"timeout_seconds": 3}))
+    cluster.wait_until_idle()
+    run.submit(cluster, make(exclude="n[1-4,8]", health={"timeout_seconds": 10}))
     run.wait_for("done", 90)
     assert run.events[1] == "requeue left out n5" and "n5: did not answer" in run.log
+
+
+def test_nodes_that_answered_in_time_are_healthy_however_late_the_check_ends(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = FakeRun(tmp_path / "late", "true", f"{HEALTHY}; sleep 60")
+    run.submit(cluster, make(health={"timeout_seconds": 6}))
+    run.wait_for("done", 90)
+    assert [event.split()[0] for event in run.events] == ["start", "done"]
 
 
 def test_no_healthy_node_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""On a job's path: training steps take STEP_SECONDS more each, and one waits for the file HOLD_UNTIL.
+"""On a job's path: training steps take STEP_SECONDS more each, until the file SLOW_UNTIL is there, if one is named.
 
-It waits in every rank, or in HOLD_RANK alone. A process whose device stands in the file BROKEN_DEVICES dies at once.
+One step waits for the file HOLD_UNTIL, in every rank, or in HOLD_RANK alone. A process whose device stands in the
+file BROKEN_DEVICES dies at once.
 """
 
 import importlib.abc
@@ -36,7 +37,8 @@ class _SlowSteps(importlib.abc.MetaPathFinder):
             held = HELD_STEP if os.environ.get("HOLD_RANK") in (None, os.environ.get("RANK")) else None
 
             def slow_step(self: Any) -> None:
-                time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+                if not Path(os.environ.get("SLOW_UNTIL", "/never")).exists():
+                    time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
                 while self.step == held and not Path(os.environ.get("HOLD_UNTIL", "/")).exists():
                     time.sleep(0.05)
                 step(self)
