@@ -188,10 +188,10 @@ def arrangement_of(config: Config, layout: Layout, device: Device) -> Arrangemen
         LayoutError, ConfigError: it can't be.
     """
     schedule, mode = config.parallel.pp_schedule, config.activation_checkpoint.mode
-    if schedule == "interleaved_zero_bubble" or (schedule == "zbv_zero_bubble" and mode != "none"):
+    if "zero_bubble" in schedule and mode != "none":
         raise ConfigError(
             f"parallel.pp_schedule={schedule} with activation_checkpoint.mode={mode} can't be planned: use "
-            f"parallel.pp_schedule=interleaved_1f1b, or zbv_zero_bubble with activation_checkpoint.mode=none"
+            f"parallel.pp_schedule=interleaved_1f1b, or activation_checkpoint.mode=none"
         )
     sizes = {name: getattr(layout, name) for name in SIZES}
     parallel = config.parallel.model_copy(update=sizes)

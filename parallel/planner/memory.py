@@ -14,6 +14,8 @@ from parallel.planner.hardware import Device
 from parallel.planner.moments import Memory, layers_of, loss_bytes
 from parallel.planner.rank import Rank, ranks_of, under_way
 from parallel.planner.zero import zero_memory
+from parallel.planner.zero_bubble import in_halves, peak_in_halves
+from parallel.stages import MANY_STAGES
 
 
 def predict_memory(run: RunFacts, arrangement: Arrangement, device: Device) -> Memory:
@@ -36,15 +38,8 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
     # before the last backward of a step
     before = 0.0 if one else shard if reduces_each else master * computed
     after = shard if reduces_each or one else master * computed
-    at_once = under_way(arrangement, rank, arrangement.micro_batches(run))
-    # with all forwards first, there are no gradients while most is kept
-    at_work = ((at_once, 0.0), (1.0, before)) if _all_first(arrangement) else ((at_once, before),)
     moments = (
-        *(
-            replace(moment, gradients=reduced)
-            for several, reduced in at_work
-            for moment in _passes(run, arrangement, rank, device, several)
-        ),
+        *_at_work(run, arrangement, rank, device, before),
         *(replace(moment, gradients=after) for moment in _ends(run, arrangement, rank, device)),
         Memory(gradients=shard),
     )
@@ -54,6 +49,24 @@ def memory_of_rank(run: RunFacts, arrangement: Arrangement, rank: Rank, device: 
         passing = 2 * rank.largest_layer.stored * master
         return replace(most, gathered=most.gathered + passing, host=4.0 * stored * master)
     return replace(most, weights=shard, optimizer=2 * shard)
+
+
+def _at_work(
+    run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType, gradients: float
+) -> Iterator[Memory]:
+    """In forwards and backwards. gradients: bytes that there are of them before the last backward of a step."""
+    at_once = under_way(arrangement, rank, arrangement.micro_batches(run))
+    if in_halves(arrangement):
+        peak = peak_in_halves(run, arrangement, rank, device)
+        sent = _between_stages(run, arrangement, rank, at_once)
+        gathered = rank.all.padded(arrangement.layout) * run.itemsize
+        yield replace(peak, gradients=gradients, gathered=gathered, activations=peak.activations + sent)
+        return
+    # with all forwards first, there are no gradients while most is kept
+    stretches = ((at_once, 0.0), (1.0, gradients)) if _all_first(arrangement) else ((at_once, gradients),)
+    for several, reduced in stretches:
+        for moment in _passes(run, arrangement, rank, device, several):
+            yield replace(moment, gradients=reduced)
 
 
 def _all_first(arrangement: Arrangement) -> bool:
@@ -128,11 +141,18 @@ def _ends(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceTyp
     yield Memory(gathered=kept - padded * a + reducing, activations=received)
 
 
-def _between_stages(run: RunFacts, arrangement: Arrangement, rank: Rank, times: float) -> float:
-    """What stages of a pipeline are sent by those next to them, for all micro-batches of a step, and what they send on,
-    of those that are under way."""
+def _between_stages(run: RunFacts, arrangement: Arrangement, rank: Rank, under_way: float) -> float:
+    """What stages of a pipeline are sent by those next to them, for all micro-batches of a step, and what they send on.
+
+    That is kept of those that are under way, at the last forward; where a rank has several stages, torch keeps all that
+    was sent until the step's end.
+    """
     shape, last = Shape.of(run, arrangement), arrangement.parallel.num_stages - 1
     size = shape.tokens * run.model.d_model * shape.itemsize
     after = sum(stage < last for stage in rank.stage_numbers)
     before = sum(stage > 0 for stage in rank.stage_numbers)
-    return size * ((before + after) * arrangement.micro_batches(run) + after * times)
+    count = arrangement.micro_batches(run)
+    received = (before + after) * count
+    if arrangement.parallel.pp_schedule in MANY_STAGES:
+        return size * (received + after * count + before * (count - under_way))
+    return size * (received + after * under_way)

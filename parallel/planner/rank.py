@@ -94,8 +94,8 @@ def ranks_of(run: RunFacts, arrangement: Arrangement) -> Iterator[Rank]:
 def under_way(arrangement: Arrangement, rank: Rank, micro_batches: int) -> float:
     """Micro-batches of which a rank holds what all its layers keep, at most at once.
 
-    1F1B and interleaved 1F1B: Narayanan et al. 2021, section 2.2, and the warm-up of torch's schedule. ZBV: as 1F1B's
-    first rank, on all (Qi et al. 2024).
+    1F1B and interleaved 1F1B: Narayanan et al. 2021, section 2.2, and the warm-up of torch's schedule. Zero bubble: as
+    1F1B's first rank, on all (Qi et al. 2024), until there are the gradients of weights.
     """
     pp, schedule = arrangement.layout.pp, arrangement.parallel.pp_schedule
     if pp == 1:
@@ -104,7 +104,7 @@ def under_way(arrangement: Arrangement, rank: Rank, micro_batches: int) -> float
         return float(micro_batches)
     if schedule == "1f1b":
         return float(min(micro_batches, pp - rank.place))
-    if schedule == "zbv_zero_bubble":
+    if "zero_bubble" in schedule:
         return float(min(micro_batches, pp))
     # of single stages
     warm_up = (rank.stages - 1) * pp + 2 * (pp - 1 - rank.place)

@@ -1,8 +1,8 @@
 """The fastest layouts that fit: all meshes, schedules, micro-batches and ways of recomputing are weighed.
 
 What is left out can't win: a gpipe schedule takes as long as 1f1b and holds more; tensor parallelism across nodes puts
-the slowest link into every layer. Of zero-bubble schedules, which cut the backward in two, zbv_zero_bubble is weighed,
-without recomputation: what the others hold was not predicted well.
+the slowest link into every layer. Zero-bubble schedules, which cut the backward in two, are weighed without
+recomputation, which either half would do again and again.
 
 Of the engine torch weights are freed after the forward or kept, as in ZeRO's stages 3 and 2; of the engine deepspeed
 all stages are weighed.
@@ -40,6 +40,7 @@ PIPELINES: tuple[tuple[Schedule, int], ...] = (
     ("1f1b", 1),
     ("interleaved_1f1b", 2),
     ("interleaved_1f1b", 4),
+    ("interleaved_zero_bubble", 2),
     ("zbv_zero_bubble", 2),
 )
 """Schedules and stages of a rank."""

@@ -244,9 +244,10 @@ def bubble(
 ) -> float:
     """Time that a rank waits, over the time that it works.
 
-    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. ZBV: (p - 1)(F + B - 2W), F, B and W being
-    the times of the forward and of the gradients of activations and of weights (Qi et al. 2024). Products take as long
-    in each of the three; attention has no weights.
+    GPipe, 1F1B: Narayanan et al. 2021, section 2.2.1; interleaved: 2.2.2. ZB-H1, which a rank's stages share as they do
+    interleaved 1F1B: (p - 1)(F + B - W), ZBV: (p - 1)(F + B - 2W), F, B and W being the times of the forward and of
+    the gradients of activations and of weights (Qi et al. 2024). Products take as long in each of the three; attention
+    has no weights.
     """
     pp, schedule = arrangement.layout.pp, arrangement.parallel.pp_schedule
     if pp == 1:
@@ -260,5 +261,8 @@ def bubble(
         compute_seconds(work, run, device, 1.0)
         for work in (Work(forward.matmul, eight_bits=forward.eight_bits), Work(attention=forward.attention))
     )
-    left = (1 + FLASH_BACKWARD) * mixing
-    return of_one * left / (3 * product + left)
+    in_attention = (1 + FLASH_BACKWARD) * mixing
+    whole = 3 * product + in_attention
+    if schedule == "interleaved_zero_bubble":
+        return of_one / (arrangement.parallel.stages_per_rank or 1) * (product + in_attention) / whole
+    return of_one * in_attention / whole

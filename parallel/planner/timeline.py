@@ -2,20 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
-from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
-
+from parallel.planner.actions import Action, Work, actions_of
 from parallel.planner.estimate import Estimate
 from parallel.planner.facts import Arrangement
 from parallel.planner.step_time import AtWork, StepTime, at_work, step_time_of_place
-from parallel.stages import rank_of
 
 What = Literal["forward", "backward", "communication", "optimizer"]
-
-Work = Literal["F", "B", "I", "W"]
-"""Forward, backward; of a backward in two halves gradients of activations and of weights."""
 
 SHARES: dict[Work, float] = {"F": 1.0, "B": 1.0, "I": 0.5, "W": 0.5}
 """Of a forward or a backward."""
@@ -37,15 +31,6 @@ class Span:
     def stop(self) -> float:
         """Seconds."""
         return self.start + self.seconds
-
-
-@dataclass(frozen=True)
-class Action:
-    """Work of a stage on a micro-batch."""
-
-    work: Work
-    stage: int
-    micro_batch: int
 
 
 def timeline(found: Estimate) -> list[Span]:
@@ -109,33 +94,3 @@ def _communicated(time: StepTime) -> float:
     """The share of passes in which nothing is computed beside communication."""
     sent = time.tp + time.cp + time.ep + time.pp
     return sent / (sent + time.compute + time.recompute + time.elementwise + time.launch)
-
-
-def actions_of(arrangement: Arrangement, place: int, count: int) -> Iterator[Action]:
-    """What a rank of the pipeline does with so many micro-batches, in order. Of schedules with several stages on a rank
-    it is torch's own order."""
-    pp, parallel = arrangement.layout.pp, arrangement.parallel
-    stages = parallel.num_stages // pp
-    if parallel.pp_schedule in ("gpipe", "1f1b"):
-        ahead = count if parallel.pp_schedule == "gpipe" else min(count, pp - place)
-        order = [("F", number) for number in range(ahead)]
-        for number in range(count):
-            order.append(("B", number))
-            if number + ahead < count:
-                order.append(("F", number + ahead))
-        yield from (Action(work, place, number) for work, number in order)  # type: ignore[arg-type]
-        return
-    schedule: Any = (
-        ScheduleZBVZeroBubble if parallel.pp_schedule == "zbv_zero_bubble" else ScheduleInterleaved1F1B
-    )
-    of_schedule = SimpleNamespace(
-        pp_group_size=pp,
-        n_local_stages=stages,
-        num_stages=parallel.num_stages,
-        microbatches_per_round=count // max(1, count // pp),
-        _n_microbatches=count,
-    )
-    for each in schedule._calculate_single_rank_operations(of_schedule, place):
-        if each is not None:
-            assert rank_of(each.stage_index, pp, parallel.pp_schedule) == place
-            yield Action(each.computation_type.value, each.stage_index, each.microbatch_index)

@@ -17,8 +17,8 @@ from parallel.mesh import Mesh
 from parallel.planner.activations import kept_of_layer, recomputed_layers, resolve
 from parallel.planner.estimate import estimate
 from parallel.planner.hardware import load_device
-from parallel.planner.memory import predict_memory
-from parallel.planner.rank import ranks_of, under_way
+from parallel.planner.memory import memory_of_rank, predict_memory
+from parallel.planner.rank import rank_at, ranks_of, under_way
 from parallel.processes import WorkerPool
 from parallel.simulate import simulated_rank
 from tests.parallel.planner.cases import GPT, LLAMA, MOE, PARALLEL, SANDWICH, SHARED, WIDE, arranged, run_of
@@ -68,6 +68,7 @@ def test_the_peak_is_within_a_tenth(
         ("gpipe", "none"),
         ("gpipe", "full"),
         ("interleaved_1f1b", "selective"),
+        ("interleaved_zero_bubble", "none"),
         ("zbv_zero_bubble", "none"),
     ],
 )
@@ -76,6 +77,16 @@ def test_the_peak_of_a_pipeline(pools: dict[int, WorkerPool], schedule: str, aga
     run, arrangement = run_of(LLAMA, sequences=8), arranged(1, again, pp=2, pp_schedule=schedule)
     measured = max(pools[2].run(peak_here, run, arrangement))
     assert predict_memory(run, arrangement, CPU).total == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"])
+def test_every_rank_of_a_pipeline_with_several_stages(pools: dict[int, WorkerPool], schedule: str) -> None:
+    """What it sent is there until the step's end, and until those of weights gradients that they are made of."""
+    run = run_of({**LLAMA, "num_layers": 8}, sequences=32)
+    arrangement = arranged(4, pp=4, pp_schedule=schedule)
+    for place, measured in enumerate(pools[4].run(peak_here, run, arrangement)):
+        predicted = memory_of_rank(run, arrangement, rank_at(run, arrangement, place), "cpu")
+        assert predicted.total == pytest.approx(measured, rel=0.06), place
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 4}, {"tp": 4, "cp": 2}, {"cp": 4}], ids=str)
@@ -146,7 +157,13 @@ def test_a_gpu_needs_less_for_norms_and_has_a_reserve() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("gpipe", [8, 8]), ("1f1b", [4, 1]), ("interleaved_1f1b", [5.5, 2.5]), ("zbv_zero_bubble", [4, 4])],
+    [
+        ("gpipe", [8, 8]),
+        ("1f1b", [4, 1]),
+        ("interleaved_1f1b", [5.5, 2.5]),
+        ("interleaved_zero_bubble", [4, 4]),
+        ("zbv_zero_bubble", [4, 4]),
+    ],
 )
 def test_micro_batches_under_way(schedule: str, expected: list[float]) -> None:
     """Of four ranks the first and the last, at eight micro-batches a step."""

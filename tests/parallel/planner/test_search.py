@@ -30,7 +30,8 @@ def small_gpu(gib: float) -> Device:
 def all_layouts(run: RunFacts, world: int, device: Device) -> Iterator[Estimate]:
     """Every mesh that fits the model, with every schedule and way of recomputing; without a bound on anything."""
     for layout in meshes(run, world, device):
-        schedules = [("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4), ("zbv_zero_bubble", 2)]
+        schedules = [("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4)]
+        schedules += [("interleaved_zero_bubble", 2), ("zbv_zero_bubble", 2)]
         for schedule, stages in schedules if layout.pp > 1 else schedules[:1]:
             sizes = {
                 name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
@@ -48,7 +49,7 @@ def all_layouts(run: RunFacts, world: int, device: Device) -> Iterator[Estimate]
                         continue
                     if left or not count or (schedule == "1f1b" and count < layout.pp):
                         continue
-                    for again in RECOMPUTED[:1] if schedule.startswith("zbv") else RECOMPUTED:
+                    for again in RECOMPUTED[:1] if "zero_bubble" in schedule else RECOMPUTED:
                         yield estimate(run, Arrangement(parallel, micro, again), device)
 
 

@@ -31,7 +31,7 @@ def test_sends_of_1f1b_are_waited_for_and_those_of_interleaved_ones_only_at_the_
     plain, send = time_of(run, "1f1b", 1)
     # the slowest rank has the head, and sends gradients back
     assert plain.pp == pytest.approx(32 * send)
-    for schedule, stages in (("interleaved_1f1b", 2), ("zbv_zero_bubble", 2)):
+    for schedule, stages in (("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv_zero_bubble", 2)):
         assert time_of(run, schedule, stages)[0].pp == pytest.approx(2 * 3 * send)
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from parallel.planner.actions import actions_of
 from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.hardware import load_device
-from parallel.planner.timeline import Span, actions_of, timeline
+from parallel.planner.timeline import Span, timeline
 from tests.parallel.planner.cases import LLAMA, arranged, run_of
 
 GPU = load_device("h100-80gb")
@@ -34,6 +35,7 @@ PIPELINES = [
     ("gpipe", 1),
     ("interleaved_1f1b", 2),
     ("interleaved_1f1b", 4),
+    ("interleaved_zero_bubble", 2),
     ("zbv_zero_bubble", 2),
 ]
 
