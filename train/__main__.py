@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from train.errors import REFUSED_FILE, told_in_one_line
+from train.errors import REFUSED_FILE, USER_ERRORS, told_in_one_line
 from train.stop import die_with_parent, hold_signals, training_began
 
 
@@ -16,13 +16,13 @@ def main(arguments: list[str]) -> None:
     hold_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    try:
-        with told_in_one_line():
+    with told_in_one_line():
+        try:
             _train(arguments)
-    except SystemExit:
-        if REFUSED_FILE in os.environ and (not training_began() or _is_last_start()):
-            Path(os.environ[REFUSED_FILE]).touch()
-        raise
+        except USER_ERRORS:
+            if REFUSED_FILE in os.environ and (not training_began() or _is_last_start()):
+                Path(os.environ[REFUSED_FILE]).touch()
+            raise
 
 
 def _is_last_start() -> bool:

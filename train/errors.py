@@ -54,4 +54,8 @@ def told_in_one_line() -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
+        if "torch.distributed" in sys.modules:
+            from parallel.processes import end_process  # there may have been a group
+
+            end_process(EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
