@@ -5,12 +5,27 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, from the shards of all ranks of its mesh.
+
+    `full_tensor` of torch 2.11 can't gather what stands over two dimensions whose ranks aren't in ascending order, as
+    `tp` and `fsdp` of `parallel.mesh`; one after another it can.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for dim in reversed(range(tensor.device_mesh.ndim)):
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def global_norm(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 from data.stream import Batch
 from model.build import build_model
@@ -25,6 +24,7 @@ from parallel import engines
 from parallel.config import ActivationCheckpointConfig, CompileConfig, ParallelConfig
 from parallel.engine import Engine, EngineConfig
 from parallel.fsdp import master_dtype
+from parallel.gradients import gathered
 from parallel.layout import Layout
 from parallel.processes import WorkerPool
 
@@ -129,15 +129,10 @@ def share_of(engine: Engine, step: int, names: tuple[str, ...] = ("tokens",)) ->
     return shares[engine.mesh.data_rank]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """A hash of all bits of each."""
     return {
-        name: hashlib.sha256(whole(tensor).contiguous().numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(gathered(tensor).contiguous().numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()
     }
 

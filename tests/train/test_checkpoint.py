@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from parallel.gradients import gathered
 from parallel.processes import WorkerPool
 from train import checkpoint, checkpoint_folder
 from train.checkpoint_folder import Progress
@@ -48,7 +49,7 @@ def load(path: str) -> bool:
     """Whether what is loaded equals what was saved, to the last bit."""
     tensors = sharded({name: torch.zeros_like(t) for name, t in whole_tensors().items()})
     checkpoint.load_tensors(Path(path), tensors)
-    full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+    full = {n: gathered(t) for n, t in tensors.items()}
     return all(torch.equal(full[n], t) for n, t in whole_tensors().items())
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from model.build import build_model
@@ -30,6 +29,7 @@ from parallel.engine import Engine, EngineConfig
 from parallel.engines import make_engine
 from parallel.errors import LayoutError
 from parallel.fsdp import COMPUTE_DTYPE, master_dtype
+from parallel.gradients import gathered
 from parallel.mesh import mesh_of
 from train import checkpoint
 from train.checkpoint_folder import Progress
@@ -139,7 +139,7 @@ def try_arrangement(experiment: Experiment, arrangement: Arrangement, expected: 
     except LayoutError as error:
         return str(error)
     initial = load_file(experiment.folder / INITIAL)
-    weights = {name: _whole(tensor) for name, tensor in engine.weights().items()}
+    weights = {name: gathered(tensor) for name, tensor in engine.weights().items()}
     initial_equal = all(
         name in initial and torch.equal(tensor, initial[name]) for name, tensor in weights.items()
     )
@@ -246,7 +246,7 @@ def _weights_apart(engine: Engine, experiment: Experiment) -> float:
     apart = []
     for name, tensor in engine.weights().items():
         scale = max(expected[name].abs().max().item(), experiment.optimizer.lr)
-        apart.append((_whole(tensor) - expected[name]).abs().max().item() / scale)
+        apart.append((gathered(tensor) - expected[name]).abs().max().item() / scale)
     return _finite(max(apart))
 
 
@@ -257,7 +257,3 @@ def _finite(difference: float) -> float:
 
 def _largest(found: Sequence[float], expected: Sequence[float]) -> float:
     return max((_finite(abs(f - e) / abs(e)) for f, e in zip(found, expected, strict=True)), default=0.0)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
