@@ -99,7 +99,7 @@ def view(shard: DTensor, cut: Cut, mesh: Mesh) -> DTensor:
     cuts = [cut_over[name] for name in names if name in cut_over]
     return DTensor.from_local(
         shard.to_local(),
-        whole[names],
+        mesh.over(whole, names),
         (*cuts, *shard.placements),
         run_check=False,
         shape=torch.Size(cut.shape),

@@ -1,6 +1,7 @@
 """Whether a model and its sequences can be laid out so. Light to import: it is checked before anything starts."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 from model.attention_config import AttentionConfig
 from model.config import BaseModelConfig, ModelConfig, known
@@ -22,6 +23,24 @@ HAS_STAGES = ("transformer", "flow_matching", "image_codes")
 
 SPLITS_SEQUENCES = ("transformer", "image_codes")
 """Models that can work on a part of a sequence."""
+
+
+ALL_WORKS = (2, 13)
+"""Of torch: versions before it cut the backward of a pipeline's stage wrongly in two, or not at all, and find few of
+the products that collectives can be made with."""
+
+
+def torch_version() -> tuple[int, int]:
+    """Of the torch that is installed."""
+    major, minor = version("torch").split(".")[:2]
+    return int(major), int(minor)
+
+
+def _check_torch(setting: str, works: str) -> None:
+    if torch_version() < ALL_WORKS:
+        raise LayoutError(
+            f"{setting} needs torch {'.'.join(map(str, ALL_WORKS))}, and here is {version('torch')}: use {works}"
+        )
 
 
 def check_fit(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, seq_len: int) -> None:
@@ -61,6 +80,8 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"than model.num_layers={model.num_layers}: use parallel.pp="
             f"{max(1, model.num_layers // (parallel.stages_per_rank or 1))}"
         )
+    if "zero_bubble" in schedule:
+        _check_torch(f"parallel.pp_schedule={schedule}", "parallel.pp_schedule=interleaved_1f1b")
     if model.tie_embeddings and schedule == "zbv_zero_bubble":
         raise LayoutError(
             "parallel.pp_schedule=zbv_zero_bubble has the first and the last stage on one rank, each with an embedding "
@@ -148,6 +169,7 @@ def check_async_tp(
     for refused, why, works in checks:
         if refused:
             raise LayoutError(f"parallel.async_tp=true: {why}: use {works}, or parallel.async_tp=false")
+    _check_torch("parallel.async_tp=true", "parallel.async_tp=false")
 
 
 def _biases(model: BaseModelConfig) -> list[tuple[str, bool]]:

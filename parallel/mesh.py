@@ -20,6 +20,7 @@ class Mesh:
     def __init__(self, layout: Layout, device_type: str) -> None:
         self.layout = layout
         self.device_type = device_type
+        self._parts: dict[tuple[DeviceMesh, tuple[str, ...]], DeviceMesh] = {}
         self._ranks = torch.arange(layout.world_size).view([getattr(layout, name) for name in SIZES])
         (place,) = (self._ranks == dist.get_rank()).nonzero().tolist()
         self._place = dict(zip(SIZES, place, strict=True))
@@ -50,6 +51,19 @@ class Mesh:
     def _alone(self) -> dist.ProcessGroup:
         """This rank by itself, for dimensions of one."""
         return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+    def over(self, mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
+        """The part of a mesh that has these of its dimensions, and this rank.
+
+        `mesh[names]`, which torch 2.11 refuses where ranks aren't in ascending order.
+        """
+        if (mesh, names) not in self._parts:
+            place = zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True)
+            ranks = mesh.mesh[tuple(slice(None) if name in names else at for name, at in place)]
+            groups = [mesh.get_group(name) for name in names]
+            made = DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=names)
+            self._parts[mesh, names] = made
+        return self._parts[mesh, names]
 
     @property
     def tp(self) -> dist.ProcessGroup:

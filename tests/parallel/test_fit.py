@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from model.models import parse_model
-from parallel.config import ParallelConfig
+from parallel.config import CompileConfig, ParallelConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_fit, check_micro_batches, check_recomputation
+from parallel.fit import check_async_tp, check_fit, check_micro_batches, check_recomputation
 from parallel.layout import Layout
 
 SMALL = {"vocab_size": 64, "d_model": 48, "attention": {"num_heads": 12, "num_kv_heads": 4}}
@@ -89,6 +89,25 @@ def test_pipelines_that_work(parallel: dict[str, Any], model: dict[str, Any], me
         check_fit(
             Layout(pp=parallel["pp"]), ParallelConfig(**parallel), parse_model(SMALL | model), seq_len=32
         )
+
+
+@pytest.mark.parametrize(
+    ("installed", "works"), [("2.11.0+cu130", False), ("2.13.0+cpu", True), ("2.14.0a0", True)]
+)
+def test_what_an_older_torch_does_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch, installed: str, works: bool
+) -> None:
+    monkeypatch.setattr("parallel.fit.version", lambda package: installed)
+    halves = ParallelConfig(pp=2, pp_schedule="interleaved_zero_bubble")
+    overlapped = Layout(tp=2), ParallelConfig(tp=2, async_tp=True), CompileConfig(enabled=True), "bf16"
+    if works:
+        check_fit(Layout(pp=2), halves, parse_model(SMALL), seq_len=32)
+        check_async_tp(*overlapped, parse_model(SMALL), seq_len=32)
+        return
+    with pytest.raises(LayoutError, match="needs torch 2.13, and here is 2.11.*pp_schedule=interleaved_1f1b"):
+        check_fit(Layout(pp=2), halves, parse_model(SMALL), seq_len=32)
+    with pytest.raises(LayoutError, match="needs torch 2.13, and here is 2.11.*async_tp=false"):
+        check_async_tp(*overlapped, parse_model(SMALL), seq_len=32)
 
 
 @pytest.mark.parametrize(
