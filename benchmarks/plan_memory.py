@@ -8,6 +8,7 @@ from parallel.planner.memory import predict_memory
 from tests.parallel.planner.cases import arranged, run_of
 from tests.parallel.planner.measured import measured_peak
 from tests.parallel.planner.test_memory import PEAKS
+from tests.parallel.planner.test_zero import PEAKS as ZERO_PEAKS
 
 
 def main() -> None:
@@ -15,8 +16,15 @@ def main() -> None:
     cpu = load_device("cpu")
     print("| | predicted, MB | measured, MB | |")
     print("|---|---|---|---|")
-    for name, model, precision, sequences, micro, again, sizes in PEAKS:
-        run, arrangement = run_of(model, precision, sequences), arranged(micro, again, **sizes)
+    cases = [
+        (name, run_of(model, precision, sequences), arranged(micro, again, **sizes))
+        for name, model, precision, sequences, micro, again, sizes in PEAKS
+    ]
+    cases += [
+        (f"DeepSpeed, {name}", run_of(model, precision, sequences), arrangement)
+        for name, model, precision, sequences, arrangement in ZERO_PEAKS
+    ]
+    for name, run, arrangement in cases:
         predicted, measured = predict_memory(run, arrangement, cpu).total, measured_peak(run, arrangement)
         print(
             f"| {name} | {predicted / 1e6:.1f} | {measured / 1e6:.1f} | {predicted / measured - 1:+.1%} |",

@@ -4,6 +4,7 @@ from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.layout import SIZES, Layout
@@ -59,9 +60,10 @@ class Mesh:
         """
         if (mesh, names) not in self._parts:
             place = zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True)
-            ranks = mesh.mesh[tuple(slice(None) if name in names else at for name, at in place)]
             groups = [mesh.get_group(name) for name in names]
-            made = DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=names)
+            with unset_fake_temporarily():  # ranks are numbers in a simulation, too
+                ranks = mesh.mesh[tuple(slice(None) if name in names else at for name, at in place)]
+                made = DeviceMesh.from_group(groups, self.device_type, ranks, mesh_dim_names=names)
             self._parts[mesh, names] = made
         return self._parts[mesh, names]
 
