@@ -35,7 +35,8 @@ def zero(
     offload = {key: more.pop(key) for key in ("offload_optimizer", "offload_param") if key in more}
     raw = {"zero_optimization": {"reduce_bucket_size": bucket, "stage3_param_persistence_threshold": 50_000}}
     section = {"stage": stage, "config": raw, **offload}
-    return arranged(micro, again, engine="deepspeed", deepspeed=section, **{"dp_shard": 4, **more})
+    more.setdefault("dp_shard", 4)
+    return arranged(micro, again, engine="deepspeed", deepspeed=section, **more)
 
 
 CASES: list[tuple[str, dict[str, Any], Precision, int, str, int]] = [
