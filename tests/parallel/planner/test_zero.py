@@ -32,7 +32,8 @@ def zero(
     stage: int, again: str = "none", bucket: int = 2_000_000, micro: int = 1, **more: Any
 ) -> Arrangement:
     """Over four ranks. Buckets of real runs are larger than these models."""
-    offload = {key: more.pop(key) for key in ("offload_optimizer", "offload_param") if key in more}
+    names = {"offload_optimizer", "offload_param"}
+    offload = {name: more.pop(name) for name in names & more.keys()}
     raw = {"zero_optimization": {"reduce_bucket_size": bucket, "stage3_param_persistence_threshold": 50_000}}
     section = {"stage": stage, "config": raw, **offload}
     more.setdefault("dp_shard", 4)
