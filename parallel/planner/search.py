@@ -2,7 +2,8 @@
 
 What is left out can't win: a gpipe schedule takes as long as 1f1b and holds more; tensor parallelism across nodes puts
 the slowest link into every layer. Zero-bubble schedules, which cut the backward in two, are weighed without
-recomputation, which either half would do again and again.
+recomputation, which either half would do again and again; interleaved_zero_bubble where embeddings are tied, which
+zbv_zero_bubble, whose idle time is shorter, can't have.
 
 Of the engine torch weights are freed after the forward or kept, as in ZeRO's stages 3 and 2; of the engine deepspeed
 all stages are weighed.
@@ -205,6 +206,8 @@ def _variants(run: RunFacts, layout: Layout, given: ParallelConfig) -> Iterator[
         yield _parallel(layout, reshard=False, given=given)
         return
     for schedule, stages in PIPELINES:
+        if schedule == "interleaved_zero_bubble" and not run.model.tie_embeddings:
+            continue
         parallel = _parallel(layout, schedule, stages, given=given)
         try:
             check_fit(layout, parallel, run.model, run.seq_len)
