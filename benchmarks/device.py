@@ -33,9 +33,10 @@ ROUNDS, SECONDS = 3, 1.0
 def main() -> None:
     """Print the lines."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision: Precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = COMPUTE_DTYPE[precision]
     peaks = {name: peak(device, COMPUTE_DTYPE[name]) for name in PRECISIONS}
-    best = peak(device, dtype)
+    best = peaks[precision]
     copied, added = memory_rates(device)
     print("peak_tflops:", "{" + ", ".join(f"{name}: {rate / 1e12:.3g}" for name, rate in peaks.items()) + "}")
     print(f"matmul_efficiency: {min(1.0, training_rate(device, dtype) / best):.2f}")

@@ -1,6 +1,7 @@
 """Whether a model and its sequences can be laid out so. Light to import: it is checked before anything starts."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 
 from model.attention_config import AttentionConfig
@@ -10,7 +11,7 @@ from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeM
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.sizes import format_bytes
-from parallel.stages import MANY_STAGES
+from parallel.stages import IN_HALVES, MANY_STAGES
 
 BYTES: dict[Precision, int] = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Of a number in an activation."""
@@ -30,16 +31,22 @@ ALL_WORKS = (2, 13)
 the products that collectives can be made with."""
 
 
+@cache
+def installed_torch() -> str:
+    """Its version, read once: a search checks thousands of layouts."""
+    return version("torch")
+
+
 def torch_version() -> tuple[int, int]:
     """Of the torch that is installed."""
-    major, minor = version("torch").split(".")[:2]
+    major, minor = installed_torch().split(".")[:2]
     return int(major), int(minor)
 
 
 def _check_torch(setting: str, works: str) -> None:
     if torch_version() < ALL_WORKS:
         raise LayoutError(
-            f"{setting} needs torch {'.'.join(map(str, ALL_WORKS))}, and here is {version('torch')}: use {works}"
+            f"{setting} needs torch {'.'.join(map(str, ALL_WORKS))}, and here is {installed_torch()}: use {works}"
         )
 
 
@@ -80,7 +87,7 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"than model.num_layers={model.num_layers}: use parallel.pp="
             f"{max(1, model.num_layers // (parallel.stages_per_rank or 1))}"
         )
-    if "zero_bubble" in schedule:
+    if schedule in IN_HALVES:
         _check_torch(f"parallel.pp_schedule={schedule}", "parallel.pp_schedule=interleaved_1f1b")
     if model.tie_embeddings and schedule == "zbv_zero_bubble":
         raise LayoutError(
@@ -92,7 +99,7 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"parallel.pp_schedule={schedule} has several stages on a rank, each with the positions that "
             f"model.positional.encoding=relative learns: use parallel.pp_schedule=1f1b"
         )
-    if model.moe is not None and "zero_bubble" in schedule:
+    if model.moe is not None and schedule in IN_HALVES:
         raise LayoutError(
             f"parallel.pp_schedule={schedule} cuts the backward in two, which experts' (model.moe) can't be: use "
             f"parallel.pp_schedule=interleaved_1f1b"
@@ -130,7 +137,7 @@ def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
             f"products want multiples of {FP8_MULTIPLE}: use parallel.tp="
             f"{_nearest(layout.tp, lambda tp: kv_heads % tp == 0)}"
         )
-    if layout.pp > 1 and "zero_bubble" in parallel.pp_schedule:
+    if layout.pp > 1 and parallel.pp_schedule in IN_HALVES:
         raise LayoutError(
             f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of precision=fp8 can't "
             f"be: use parallel.pp_schedule=interleaved_1f1b, or precision=bf16"
@@ -179,7 +186,7 @@ def _biases(model: BaseModelConfig) -> list[tuple[str, bool]]:
 
 def check_recomputation(layout: Layout, parallel: ParallelConfig, mode: RecomputeMode) -> None:
     """Raises LayoutError where a schedule can't have what was computed be computed again so."""
-    if layout.pp > 1 and "zero_bubble" in parallel.pp_schedule and mode in ("selective", "auto"):
+    if layout.pp > 1 and parallel.pp_schedule in IN_HALVES and mode in ("selective", "auto"):
         raise LayoutError(
             f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of "
             f"activation_checkpoint.mode={mode} can't be: use none or full, or parallel.pp_schedule=interleaved_1f1b"

@@ -58,6 +58,8 @@ class Mesh:
 
         `mesh[names]`, which torch 2.11 refuses where ranks aren't in ascending order.
         """
+        if names == mesh.mesh_dim_names:
+            return mesh
         if (mesh, names) not in self._parts:
             place = zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True)
             groups = [mesh.get_group(name) for name in names]

@@ -14,6 +14,9 @@ Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble
 MANY_STAGES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble")
 """Schedules with several stages on a rank."""
 
+IN_HALVES = ("interleaved_zero_bubble", "zbv_zero_bubble")
+"""Schedules that cut the backward in two: for activations, and for weights."""
+
 
 def rank_of(stage: int, ranks: int, schedule: Schedule) -> int:
     """Stages go round the ranks; those of zbv there and back, so that the last is where the first is."""

@@ -17,6 +17,7 @@ from parallel.planner.hardware import Device
 from parallel.planner.memory import predict_memory
 from parallel.planner.moments import Memory
 from parallel.planner.search import search
+from parallel.stages import IN_HALVES
 from parallel.zero.fit import refusals
 from train.config import Config
 from train.config_file import load_config
@@ -188,7 +189,7 @@ def arrangement_of(config: Config, layout: Layout, device: Device) -> Arrangemen
         LayoutError, ConfigError: it can't be.
     """
     schedule, mode = config.parallel.pp_schedule, config.activation_checkpoint.mode
-    if "zero_bubble" in schedule and mode != "none":
+    if schedule in IN_HALVES and mode != "none":
         raise ConfigError(
             f"parallel.pp_schedule={schedule} with activation_checkpoint.mode={mode} can't be planned: use "
             f"parallel.pp_schedule=interleaved_1f1b, or activation_checkpoint.mode=none"

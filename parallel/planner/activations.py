@@ -99,8 +99,7 @@ def _kept_of_layer(run: RunFacts, arrangement: Arrangement, device: DeviceType, 
     own = shape.own_tokens * d * a
     attention = _attention(model, arrangement, shape, device)
     feedforward = _experts(model, shape) if experts else _feedforward(model, shape, known(model.ffn.d_ff))
-    steps = 1 if model.parallel_layers else 2
-    norms = steps * (2 if model.norm.placement == "sandwich" else 1)
+    norms = norms_of_layer(model)
     norm_kept = norms * shape.own_tokens * norm_bytes(model, run.itemsize, device)
     # the first norm's input is the layer's, counted below
     inputs = (norms - 1) * own if _keeps_input(model, run.itemsize, device) else 0
@@ -160,6 +159,12 @@ def recomputed_layers(config: ActivationCheckpointConfig) -> dict[Recompute, flo
     if mode == "every_nth":
         return {"full": 1 / config.n, "none": 1 - 1 / config.n}
     return {mode: 1.0}
+
+
+def norms_of_layer(model: ModelConfig) -> int:
+    """How many norms a layer has."""
+    steps = 1 if model.parallel_layers else 2
+    return steps * (2 if model.norm.placement == "sandwich" else 1)
 
 
 def norm_bytes(model: ModelConfig, itemsize: int, device: DeviceType) -> float:

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.parameters import Held, Parameters, held
-from parallel.stages import stages_of
+from parallel.stages import IN_HALVES, stages_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def under_way(arrangement: Arrangement, rank: Rank, micro_batches: int) -> float
         return float(micro_batches)
     if schedule == "1f1b":
         return float(min(micro_batches, pp - rank.place))
-    if "zero_bubble" in schedule:
+    if schedule in IN_HALVES:
         return float(min(micro_batches, pp))
     # of single stages
     warm_up = (rank.stages - 1) * pp + 2 * (pp - 1 - rank.place)

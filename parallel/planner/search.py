@@ -22,7 +22,7 @@ from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.hardware import Device
 from parallel.planner.step_time import least_seconds
 from parallel.sizes import format_bytes
-from parallel.stages import MANY_STAGES, Schedule
+from parallel.stages import IN_HALVES, MANY_STAGES, Schedule
 from parallel.zero.fit import refusals
 
 ABOUT = 0.02
@@ -236,7 +236,7 @@ def _weigh(run: RunFacts, layout: Layout, device: Device, found: Found, given: P
             count, left = divmod(run.global_batch_size, size * layout.data_size)
             if left or not count or not _schedules(parallel, count):
                 continue
-            whole = "zero_bubble" in parallel.pp_schedule
+            whole = parallel.pp_schedule in IN_HALVES
             for again in RECOMPUTED[:1] if whole else RECOMPUTED:
                 found.weighed += 1
                 arrangement = Arrangement(parallel, size, again)

@@ -27,6 +27,7 @@ from parallel.planner.simulated.memory import MemoryLog
 from parallel.planner.simulated.meter import Meter
 from parallel.planner.simulated.traffic import Traffic, TrafficLog
 from parallel.planner.simulated.work import WorkLog
+from parallel.planner.zero_bubble import in_halves
 from parallel.simulate import simulated_rank
 
 
@@ -62,7 +63,6 @@ def simulate(run: RunFacts, arrangement: Arrangement, place: int, make_optimizer
 def _check(run: RunFacts, arrangement: Arrangement) -> None:
     """Raises LayoutError where what is asked for can't be simulated."""
     parallel, again = arrangement.parallel, arrangement.activation_checkpoint.mode
-    two_halves = "zero_bubble" in parallel.pp_schedule and parallel.pp > 1
     checks: tuple[tuple[str, object, bool, str], ...] = (
         ("parallel.engine", parallel.engine, parallel.engine == "deepspeed", "torch"),
         ("precision", "fp8", run.precision == "fp8", "bf16"),
@@ -71,7 +71,7 @@ def _check(run: RunFacts, arrangement: Arrangement) -> None:
         ("model.attention.kernel", "flex", run.model.attention.kernel == "flex", "auto"),
         ("activation_checkpoint.mode", again, again == "auto", "selective"),
         # either half would recompute again and again
-        ("activation_checkpoint.mode", again, two_halves and again != "none", "none"),
+        ("activation_checkpoint.mode", again, in_halves(arrangement) and again != "none", "none"),
     )
     for name, value, refused, works in checks:
         if refused:

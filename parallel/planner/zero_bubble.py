@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from model.config import known
 from parallel.planner.actions import actions_of
-from parallel.planner.activations import WIDE, DeviceType, Shape, kept_of_layer
+from parallel.planner.activations import WIDE, DeviceType, Shape, kept_of_layer, norms_of_layer
 from parallel.planner.facts import Arrangement, RunFacts
 from parallel.planner.moments import Memory, loss_bytes
 from parallel.planner.rank import Rank
+from parallel.stages import IN_HALVES
 
 _ROUNDS = 4
 """Of micro-batches; after them a rank holds no more than before."""
@@ -38,7 +39,7 @@ class _Moment:
 
 def in_halves(arrangement: Arrangement) -> bool:
     """Whether the backward is cut in two."""
-    return arrangement.layout.pp > 1 and "zero_bubble" in arrangement.parallel.pp_schedule
+    return arrangement.layout.pp > 1 and arrangement.parallel.pp_schedule in IN_HALVES
 
 
 def peak_in_halves(run: RunFacts, arrangement: Arrangement, rank: Rank, device: DeviceType) -> Memory:
@@ -97,7 +98,5 @@ def gradients_for_weights(run: RunFacts, arrangement: Arrangement, device: Devic
     products = of_heads + hidden * (1 if model.ffn.variant == "mlp" else 2)
     # a CPU multiplies by the weights of its RMS norm in fp32
     wide = WIDE if device == "cpu" and model.norm.type != "layernorm" else a
-    steps = 1 if model.parallel_layers else 2
-    norms = steps * (2 if model.norm.placement == "sandwich" else 1)
-    own = shape.own_tokens * model.d_model
-    return products + 2 * shape.tokens * model.d_model * a + norms * own * wide
+    normed = norms_of_layer(model) * shape.own_tokens * model.d_model * wide
+    return products + 2 * shape.tokens * model.d_model * a + normed

@@ -97,7 +97,7 @@ def test_pipelines_that_work(parallel: dict[str, Any], model: dict[str, Any], me
 def test_what_an_older_torch_does_wrongly_is_refused(
     monkeypatch: pytest.MonkeyPatch, installed: str, works: bool
 ) -> None:
-    monkeypatch.setattr("parallel.fit.version", lambda package: installed)
+    monkeypatch.setattr("parallel.fit.installed_torch", lambda: installed)
     halves = ParallelConfig(pp=2, pp_schedule="interleaved_zero_bubble")
     overlapped = Layout(tp=2), ParallelConfig(tp=2, async_tp=True), CompileConfig(enabled=True), "bf16"
     if works:
