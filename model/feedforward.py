@@ -60,7 +60,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, variant: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.variant = variant
-        return GATES[variant].function(gate).mul_(up)
+        return GATES[variant].function(gate) * up  # in place, torch 2.11 would compile a wrong gradient
 
     @staticmethod
     @once_differentiable

@@ -27,8 +27,8 @@ SPLITS_SEQUENCES = ("transformer", "image_codes")
 
 
 ALL_WORKS = (2, 13)
-"""Of torch: versions before it cut the backward of a pipeline's stage wrongly in two, or not at all, and find few of
-the products that collectives can be made with."""
+"""Of torch: versions before it cut the backward of a pipeline's stage wrongly in two, or not at all, find few of the
+products that collectives can be made with, and compile attention's backward wrongly in fp64."""
 
 
 @cache
@@ -87,8 +87,6 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"than model.num_layers={model.num_layers}: use parallel.pp="
             f"{max(1, model.num_layers // (parallel.stages_per_rank or 1))}"
         )
-    if schedule in IN_HALVES:
-        _check_torch(f"parallel.pp_schedule={schedule}", "parallel.pp_schedule=interleaved_1f1b")
     if model.tie_embeddings and schedule == "zbv_zero_bubble":
         raise LayoutError(
             "parallel.pp_schedule=zbv_zero_bubble has the first and the last stage on one rank, each with an embedding "
@@ -104,6 +102,8 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"parallel.pp_schedule={schedule} cuts the backward in two, which experts' (model.moe) can't be: use "
             f"parallel.pp_schedule=interleaved_1f1b"
         )
+    if schedule in IN_HALVES:
+        _check_torch(f"parallel.pp_schedule={schedule}", "parallel.pp_schedule=interleaved_1f1b")
 
 
 def check_micro_batches(parallel: ParallelConfig, count: int) -> None:
@@ -142,6 +142,12 @@ def check_fp8(layout: Layout, parallel: ParallelConfig, model: BaseModelConfig, 
             f"parallel.pp_schedule={parallel.pp_schedule} cuts the backward in two, which that of precision=fp8 can't "
             f"be: use parallel.pp_schedule=interleaved_1f1b, or precision=bf16"
         )
+
+
+def check_compile(compilation: CompileConfig, precision: Precision) -> None:
+    """Raises LayoutError where blocks can't be compiled so."""
+    if compilation.enabled and precision == "fp64":
+        _check_torch("compile.enabled=true with precision=fp64", "precision=fp32")
 
 
 def check_async_tp(

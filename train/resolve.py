@@ -19,6 +19,7 @@ from parallel.errors import LayoutError
 from parallel.fit import (
     check_async_tp,
     check_budget,
+    check_compile,
     check_fit,
     check_fp8,
     check_micro_batches,
@@ -91,6 +92,7 @@ def resolve(loaded: Loaded, world_size: int | None = None) -> Plan:
     check_recomputation(layout, config.parallel, config.activation_checkpoint.mode)
     check_fp8(layout, config.parallel, config.model, config.precision)
     check_zero(layout, config.parallel, config.precision, config.compile)
+    check_compile(config.compile, config.precision)
     check_async_tp(layout, config.parallel, config.compile, config.precision, config.model, dataset.seq_len)
     budget, micro_batch = config.activation_checkpoint.memory_budget, config.data.micro_batch_size
     shape = micro_batch, dataset.seq_len

@@ -3,11 +3,15 @@
 import pytest
 from torch._dynamo.utils import counters
 
+from parallel.fit import ALL_WORKS, torch_version
 from parallel.processes import WorkerPool
 from tests.parallel.parity import Case, Record, check, name_of, ranks_of
 
 COMPILED = {"compile": True}
 SELECTIVE = COMPILED | {"activation_checkpoint": {"mode": "selective"}}
+
+PRECISION, BOUND = ("fp64", 1e-9) if torch_version() >= ALL_WORKS else ("fp32", 1e-4)
+"""Before that torch compiles attention in fp64 wrongly."""
 
 CASES: list[Case] = [
     ({}, 4, SELECTIVE, {}),
@@ -38,5 +42,5 @@ def test_layout_computes_the_run_of_one_process(
 ) -> None:
     pool = pools[ranks_of(case)]
     pool.run(compiled_graphs)
-    check(pools, case, "fp64", 1e-9, record_property)
+    check(pools, case, PRECISION, BOUND, record_property)
     assert all(pool.run(compiled_graphs)), "what isn't compiled after all is no proof"

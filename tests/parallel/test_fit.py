@@ -7,7 +7,7 @@ import pytest
 from model.models import parse_model
 from parallel.config import CompileConfig, ParallelConfig
 from parallel.errors import LayoutError
-from parallel.fit import check_async_tp, check_fit, check_micro_batches, check_recomputation
+from parallel.fit import check_async_tp, check_compile, check_fit, check_micro_batches, check_recomputation
 from parallel.layout import Layout
 
 SMALL = {"vocab_size": 64, "d_model": 48, "attention": {"num_heads": 12, "num_kv_heads": 4}}
@@ -100,12 +100,18 @@ def test_what_an_older_torch_does_wrongly_is_refused(
     monkeypatch.setattr("parallel.fit.installed_torch", lambda: installed)
     halves = ParallelConfig(pp=2, pp_schedule="interleaved_zero_bubble")
     overlapped = Layout(tp=2), ParallelConfig(tp=2, async_tp=True), CompileConfig(enabled=True), "bf16"
+    compiled = CompileConfig(enabled=True)
+    check_compile(compiled, "fp32")
+    check_compile(CompileConfig(), "fp64")
     if works:
+        check_compile(compiled, "fp64")
         check_fit(Layout(pp=2), halves, parse_model(SMALL), seq_len=32)
         check_async_tp(*overlapped, parse_model(SMALL), seq_len=32)
         return
     with pytest.raises(LayoutError, match="needs torch 2.13, and here is 2.11.*pp_schedule=interleaved_1f1b"):
         check_fit(Layout(pp=2), halves, parse_model(SMALL), seq_len=32)
+    with pytest.raises(LayoutError, match="needs torch 2.13, and here is 2.11.*precision=fp32"):
+        check_compile(compiled, "fp64")
     with pytest.raises(LayoutError, match="needs torch 2.13, and here is 2.11.*async_tp=false"):
         check_async_tp(*overlapped, parse_model(SMALL), seq_len=32)
 

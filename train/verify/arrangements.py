@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from model.config import BaseModelConfig, ModelConfig
 from parallel.config import CompileConfig, ParallelConfig, Precision, RecomputeMode
 from parallel.errors import LayoutError
-from parallel.fit import check_async_tp, check_fit, check_micro_batches, check_recomputation
+from parallel.fit import check_async_tp, check_compile, check_fit, check_micro_batches, check_recomputation
 from parallel.layout import SIZES, Layout, resolve_layout
 from parallel.stages import MANY_STAGES, Schedule
 from parallel.zero.fit import check_zero
@@ -71,6 +71,7 @@ class Arrangement(ParallelConfig):
         check_recomputation(self.layout, self, self.activation_checkpoint)
         compilation = CompileConfig(enabled=self.compile)
         check_zero(self.layout, self, precision, compilation)
+        check_compile(compilation, precision)
         check_async_tp(self.layout, self, compilation, precision, model, model.max_seq_len)
         ranks, size = self.layout.data_size, self.micro_batch(global_batch_size)
         if global_batch_size % (ranks * size):
