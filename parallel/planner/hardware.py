@@ -1,6 +1,5 @@
 """What devices can do: the catalogue in configs/hardware/."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +10,7 @@ from parallel.config import Precision
 from parallel.errors import LayoutError
 
 FOLDER = Path(__file__).parents[2] / "configs" / "hardware"
-GIB = 2**30
+GIB, GB = 2**30, 1e9
 
 
 class Device(BaseModel):
@@ -65,10 +64,35 @@ class Device(BaseModel):
     dollars_per_hour: float = Field(ge=0)
     """Rent of a device, on demand."""
 
-    @cached_property
+    @property
     def memory_bytes(self) -> int:
         """What there is."""
         return round(self.memory_gib * GIB)
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes/s that element-wise operators reach."""
+        return self.memory_gb_per_s * GB * self.memory_efficiency
+
+    @property
+    def host_memory_rate(self) -> float:
+        """The same on the host."""
+        return self.host_memory_gb_per_s * GB * self.memory_efficiency
+
+    @property
+    def host_rate(self) -> float:
+        """Bytes/s of copies between a device and its host."""
+        return self.host_gb_per_s * GB * self.link_efficiency
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes/s of large collectives within a node."""
+        return self.link_gb_per_s * GB * self.link_efficiency
+
+    @property
+    def network_rate(self) -> float:
+        """The same between nodes."""
+        return self.network_gb_per_s * GB * self.link_efficiency
 
     def peak_flops(self, precision: Precision) -> float:
         """FLOP/s of dense matrix products; of fp8, those of 8-bit floats.

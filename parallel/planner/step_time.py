@@ -118,7 +118,7 @@ def _find_at_work(run: RunFacts, arrangement: Arrangement, rank: Rank, device: D
 
     recompute, forward = took(work.recompute), took(work.forward)
     compute = forward + took(work.backward)
-    elementwise = _moving_seconds(work.total.moved * micro_batches, device)
+    elementwise = work.total.moved * micro_batches / device.memory_rate
     exposed = {name: _sum(traffic, name, device) for name in ("tp", "cp", "ep")}
     exposed["pp"] = _sending(arrangement, traffic, device, compute + recompute + elementwise)
     if arrangement.in_ring:
@@ -145,21 +145,19 @@ def step_time_of_place(run: RunFacts, arrangement: Arrangement, place: int, devi
     """Of the rank at a place of the pipeline."""
     micro_batches, rank = arrangement.micro_batches(run), rank_at(run, arrangement, place)
     passes = at_work(run, arrangement, place, device)
-    copied = _moving_seconds(_copied(run, arrangement, rank, micro_batches), device)
+    copied = _copied(run, arrangement, rank, micro_batches) / device.memory_rate
     traffic = traffic_of_weights(run, arrangement, rank)
     return replace(
         passes.time,
         dp=copied + _exposed(arrangement, traffic, device, micro_batches, passes.forward, passes.backward),
         optimizer=_stepping_seconds(run, arrangement, rank, device),
-        host=host_bytes(run, arrangement, rank) / (device.host_gb_per_s * 1e9 * device.link_efficiency),
+        host=host_bytes(run, arrangement, rank) / device.host_rate,
     )
 
 
 def _stepping_seconds(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
     bytes_ = STEPPED * stepped(arrangement, rank) * run.master_size
-    if arrangement.offloads:
-        return bytes_ / (device.host_memory_gb_per_s * 1e9 * device.memory_efficiency)
-    return _moving_seconds(bytes_, device)
+    return bytes_ / (device.host_memory_rate if arrangement.offloads else device.memory_rate)
 
 
 def _launching(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Device) -> float:
@@ -169,10 +167,6 @@ def _launching(run: RunFacts, arrangement: Arrangement, rank: Rank, device: Devi
         share for how, share in recomputed_layers(arrangement.activation_checkpoint).items() if how != "none"
     )
     return rank.layers * forward * (3 + again) * device.launch_us * 1e-6
-
-
-def _moving_seconds(bytes_: float, device: Device) -> float:
-    return bytes_ / (device.memory_gb_per_s * 1e9 * device.memory_efficiency)
 
 
 def _sum(traffic: Iterable[Exchange], dimension: str, device: Device) -> float:

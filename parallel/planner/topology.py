@@ -16,8 +16,7 @@ def seconds(exchange: Exchange, device: Device) -> float:
     ranks, size = exchange.ranks, exchange.bytes
     here = max(1, min(ranks, device.devices_per_node // exchange.stride))
     nodes = -(-ranks // here)
-    link = device.link_gb_per_s * 1e9 * device.link_efficiency
-    network = device.network_gb_per_s * 1e9 * device.link_efficiency
+    link, network = device.link_rate, device.network_rate
     steps = (here - 1) * device.link_latency_us + (nodes - 1) * device.network_latency_us
     if exchange.kind == "send":
         # in a ring all wait for those who send to another node
