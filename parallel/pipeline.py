@@ -209,6 +209,7 @@ class Pipeline:
     def _make(self, count: int, *activation: int) -> Any:
         """The schedule of so many micro-batches with activations of this shape."""
         x = torch.empty(activation, dtype=self.dtype, device=self.device, requires_grad=True)
+        loss_sum = x[0, 0, :1].to(torch.promote_types(self.dtype, torch.float32))
         tokens = torch.empty(activation[0], 1, dtype=torch.int64, device=self.device)
         stages = [
             PipelineStage(
@@ -217,7 +218,7 @@ class Pipeline:
                 self.num_stages,
                 self.device,
                 input_args=(tokens,) if stage.is_first else (x,),
-                output_args=(x[0, 0, :1],) if stage.is_last else (x,),
+                output_args=(loss_sum,) if stage.is_last else (x,),
                 group=self.group,
             )
             for stage in self.stages

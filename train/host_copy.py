@@ -5,7 +5,6 @@ from concurrent.futures import Executor, Future
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from parallel.gradients import local
@@ -16,9 +15,9 @@ class HostCopy:
 
     def __init__(self, thread: Executor) -> None:
         self._thread = thread
-        on_cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(on_cuda, False, False, False))
-        self._stream = torch.cuda.Stream() if on_cuda else None  # beside the one that computes
+        self._memory: dict[str, Tensor] = {}
+        # beside the one that computes
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def begin(self, tensors: Mapping[str, Tensor]) -> "Future[dict[str, Tensor]]":
         """Begin to copy the tensors as they are now; they mustn't change until that is done.
@@ -32,15 +31,26 @@ class HostCopy:
             with torch.cuda.stream(self._stream):
                 if self._stream is not None and computed is not None:
                     self._stream.wait_event(computed)
-                copied = self._stager.stage(shards)
-            assert isinstance(copied, dict)
+                copied = self._copy(shards)
+            if self._stream is not None:
+                self._stream.synchronize()
             return {name: _placed(copied[name], tensor) for name, tensor in tensors.items()}
 
         return self._thread.submit(copy)
 
+    def _copy(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, shard in shards.items():
+            kept = self._memory.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (shard.shape, shard.dtype):
+                # only to pages that are locked do copies go beside what is computed
+                kept = torch.empty_like(shard, device="cpu", pin_memory=self._stream is not None)
+                self._memory[name] = kept
+            kept.copy_(shard, non_blocking=True)
+        return {name: self._memory[name] for name in shards}
+
     def close(self) -> None:
         """Let go of the memory."""
-        self._stager.close()
+        self._memory.clear()
 
 
 def _placed(copied: Tensor, tensor: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ def simulate(run: RunFacts, arrangement: Arrangement, place: int, make_optimizer
     layout = arrangement.layout
     with simulated_rank(place * (layout.world_size // layout.pp), layout.world_size):
         mesh = Mesh(layout, "cpu")
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with FakeTensorMode(allow_non_fake_inputs=True):
             config = engine_config(run, arrangement)
             engine = SimulatedEngine(config, mesh, torch.device("cpu"), make_optimizer)
-            return _measure(engine, config, fake)
+            return _measure(engine, config)
 
 
 def _check(run: RunFacts, arrangement: Arrangement) -> None:
@@ -112,7 +112,7 @@ class _Batch:
         return self
 
 
-def _measure(engine: SimulatedEngine, config: EngineConfig, fake: FakeTensorMode) -> Simulated:
+def _measure(engine: SimulatedEngine, config: EngineConfig) -> Simulated:
     parameters, layout = list(engine.parameters.values()), engine.layout
     reduced_at_once = layout.shard_size > 1 and layout.pp == 1
     memory = MemoryLog(whole_gradients="gathered" if reduced_at_once else "gradients")
@@ -127,7 +127,7 @@ def _measure(engine: SimulatedEngine, config: EngineConfig, fake: FakeTensorMode
     batch = _Batch(engine.models[0].example(*targets.shape), targets)
     with ExitStack() as stack:
         stack.enter_context(memory.resizing("gathered"))
-        stack.enter_context(Meter(fake, memory.note, work.note, traffic.note))
+        stack.enter_context(Meter(memory.note, work.note, traffic.note).metering())
         engine.forward_backward(batch, step=1)
         memory.mark("gradients", [local(p.grad) for p in parameters if p.grad is not None])
         engine.step(lr=0.0)

@@ -2,13 +2,14 @@
 
 import errno
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager
+from torch import Tensor
 
 from parallel.processes import WorkerPool
 from tests.train.running import losses, train_here
@@ -18,18 +19,19 @@ from train.checkpoint_compare import compare
 from train.checkpoint_folder import Progress, complete
 from train.config import CheckpointConfig
 from train.errors import RunError
+from train.host_copy import HostCopy
 from train.saver import Saver
 
 RULES = CheckpointConfig(asynchronous=True)
 
 
-stage = DefaultStager.stage
+copy = HostCopy._copy
 
 
-def copies_late(self: DefaultStager, tensors: Any) -> Any:
+def copies_late(self: HostCopy, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What takes longer than a forward and a backward."""
     time.sleep(0.3)
-    return stage(self, tensors)
+    return copy(self, shards)
 
 
 def save_and_change(folder: str) -> bool:
@@ -43,7 +45,7 @@ def save_and_change(folder: str) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", late)
-        patch.setattr(DefaultStager, "stage", copies_late)
+        patch.setattr(HostCopy, "_copy", copies_late)
         saver, tensors = Saver(Path(folder), RULES, {}), sharded(whole_tensors())
         saver.save(tensors, Progress(1, 10, {}))
         saver.wait_for_copy()
@@ -96,7 +98,7 @@ def test_failure_comes_out_on_all_ranks_at_the_same_step(
 def train_with_late_copies(config: str, overrides: list[str], waits: bool = True) -> None:
     """Train, where the update comes before the copy unless it waits for that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DefaultStager, "stage", copies_late)
+        patch.setattr(HostCopy, "_copy", copies_late)
         if not waits:
             patch.setattr(Saver, "wait_for_copy", lambda self: None)
         train_here(config, overrides)

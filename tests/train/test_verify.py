@@ -49,13 +49,15 @@ def experiment_of(plan: Plan, precision: Precision, folder: Path) -> Experiment:
 @pytest.mark.parametrize(
     ("config", "layouts"),
     [
-        ("llama3", ("dp_shard=2,micro_batch_size=1", "tp=2", "cp=2", "pp=2,pp_schedule=zbv_zero_bubble")),
+        ("llama3", ("dp_shard=2,micro_batch_size=1", "tp=2", "cp=2")),
+        ("llama3", ("pp=2,pp_schedule=zbv_zero_bubble",)),
         ("deepseek_moe", ("dp_shard=2,ep=2", "pp=2", "tp=2,activation_checkpoint=selective")),
         ("modern", ("dp_shard=2,activation_checkpoint=auto", "pp=2,activation_checkpoint=auto")),
         ("flow_matching", ("tp=2",)),
         ("image_codes", ("cp=2", "cp=2,cp_method=ring")),
         ("t5", ("tp=2,sequence_parallel=false",)),
     ],
+    ids=str,
 )
 def test_right_layouts_pass(
     pools: WorkerPools, tmp_path: Path, config: str, layouts: tuple[str, ...]

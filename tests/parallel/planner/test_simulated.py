@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from model.count import flops_per_token
 from parallel.errors import LayoutError
+from parallel.fit import ALL_WORKS, torch_version
 from parallel.layout import resolve_layout
 from parallel.planner.compare import Comparison, compare
 from parallel.planner.facts import Arrangement, RunFacts
@@ -177,7 +178,9 @@ def test_activations_are_sent_between_stages() -> None:
     size = run.seq_len * run.model.d_model * run.itemsize
     for place, neighbours in ((0, 1), (1, 2), (3, 1)):
         sent = simulated(run, arrangement, place).traffic["send", "pp"]
-        assert (sent.count, sent.bytes) == (8 * neighbours, 8 * neighbours * size)
+        # before that, torch tries a pipeline's connections with a number
+        tried = 0 if torch_version() >= ALL_WORKS else neighbours
+        assert (sent.count - tried, sent.bytes - 4 * tried) == (8 * neighbours, 8 * neighbours * size)
 
 
 @pytest.mark.parametrize(
