@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-quick lint prove-layouts bench-quick bench-initialize
+.PHONY: demo test test-quick test-gpu lint prove-layouts bench-quick bench-initialize
 
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ test: lint
 
 test-quick: $(VENV)/.installed
 	pytest $(SIDE_BY_SIDE) -m 'not slow'
+
+# all other tests are of CPUs, and see no GPU
+test-gpu: $(VENV)/.installed
+	TEST_GPU=1 pytest tests/gpu
 
 prove-layouts: $(VENV)/.installed
 	pytest tests/parallel/test_layouts.py tests/parallel/test_compile.py tests/parallel/test_zero.py \

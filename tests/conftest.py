@@ -11,6 +11,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # layouts are proved on CPUs, wherever that is
 
 from parallel.fit import ALL_WORKS, torch_version
 from parallel.processes import WorkerEnded, WorkerPool, WorkerPools
