@@ -76,6 +76,35 @@ def test_the_check_of_unpickling_sees_what_is_unsafe(line: str, unsafe: bool) ->
     assert bool(UNSAFE.search(f"{line}\n")) == unsafe
 
 
+def changed_in_place(source: str) -> list[str]:
+    """What the forwards of a file's autograd functions call that ends with an underscore, as `mul_` does."""
+    return [
+        call.func.attr
+        for cls in ast.walk(ast.parse(source))
+        if isinstance(cls, ast.ClassDef)
+        and any("autograd.Function" in ast.unparse(base) for base in cls.bases)
+        for function in cls.body
+        if isinstance(function, ast.FunctionDef) and function.name == "forward"
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr.endswith("_")
+    ]
+
+
+def test_no_autograd_function_changes_its_result_in_place() -> None:
+    """Compiled by torch before 2.13, it would have no gradient (pytorch/pytorch#180642). The loss is never compiled."""
+    for room in ("model", "parallel"):
+        for path in {*(ROOT / room).rglob("*.py")} - {ROOT / "model" / "loss.py"}:
+            assert not changed_in_place(path.read_text()), path
+
+
+def test_the_check_of_forwards_sees_a_change_in_place() -> None:
+    function = "class F(torch.autograd.Function):\n    def forward(ctx, x, y):\n        return x.exp(){}\n"
+    assert changed_in_place(function.format(".mul_(y)")) == ["mul_"]
+    assert changed_in_place(function.format(".mul(y)")) == []
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
