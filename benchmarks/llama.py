@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from data.shims import let_streaming_import
+from benchmarks.shims import let_transformers_import
 from model.build import build_model
 from model.config import ModelConfig
 from model.initialize import initialize
@@ -26,7 +26,7 @@ _NAMES = {
 
 def make_llama(config: ModelConfig) -> nn.Module:
     """A LlamaForCausalLM with the initial weights of seed 0, SDPA attention."""
-    let_streaming_import()
+    let_transformers_import()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = LlamaForCausalLM(

@@ -13,7 +13,7 @@ import numpy as np
 
 from data.corpus import documents
 from data.dataset import COLUMN, SPLITS, Split, SplitInfo, tokenizer_path, write_json
-from data.shims import let_streaming_import
+from data.light_streaming import import_streaming
 from data.sources import Piece
 from data.tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ class SequenceWriter:
         self._sequences += count
 
     def _open(self) -> Any:
-        let_streaming_import()
+        import_streaming()
         from streaming import MDSWriter
 
         columns = {COLUMN: f"ndarray:{self._dtype.name}:{self._seq_len + 1}"}

@@ -24,9 +24,9 @@ from data.dataset import (
     write_dataset,
 )
 from data.errors import InputError
+from data.light_streaming import import_streaming
 from data.pairs import Pair, read_pairs
 from data.parts import place
-from data.shims import let_streaming_import
 from data.tokenizer import Tokenizer, train
 
 _TOKENIZER_BYTES = 32 << 20
@@ -117,7 +117,7 @@ def source_ids(tokenizer: Tokenizer, source: str, source_len: int) -> list[int]:
 def _write(
     info: PairsInfo, tokenizer: Tokenizer, pairs: Iterator[tuple[Split, Pair]]
 ) -> dict[Split, SplitInfo]:
-    let_streaming_import()
+    import_streaming()
     from streaming import MDSWriter
 
     dtype = np.dtype(np.uint16 if info.vocab_size <= 1 << 16 else np.uint32)

@@ -21,9 +21,9 @@ from data.dataset import (
     write_dataset,
 )
 from data.errors import InputError
+from data.light_streaming import import_streaming
 from data.parts import place
 from data.pictures import Pictures, number_classes, open_pictures, read_arrays
-from data.shims import let_streaming_import
 
 Array = np.ndarray
 
@@ -136,7 +136,7 @@ def _write(
     classes: Array | None,
     splits: list[Split],
 ) -> None:
-    let_streaming_import()
+    import_streaming()
     from streaming import MDSWriter
 
     codebook.save(info.codebook_path)

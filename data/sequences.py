@@ -15,12 +15,12 @@ from torch import Tensor
 
 from data.dataset import COLUMN, SOURCE, SOURCE_PADDING, DatasetInfo
 from data.errors import InputError
+from data.light_streaming import import_streaming
 from data.order import Order
 from data.shards import MEND
 from data.shared_memory import choosing_names, free_number
-from data.shims import let_streaming_import
 
-let_streaming_import()
+import_streaming()
 
 import streaming.base.dataset  # noqa: E402
 from streaming import Stream, StreamingDataLoader, StreamingDataset  # noqa: E402

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.shims import let_streaming_import
+from benchmarks.shims import let_transformers_import
 
-let_streaming_import()  # transformers imports torchvision as streaming does
+let_transformers_import()
 
 from transformers import (  # noqa: E402
     DeepseekV3Config,

@@ -1,4 +1,4 @@
-"""What lets `import streaming` succeed beside a torch that its torchvision was not built for."""
+"""What lets `import transformers` succeed beside a torch that its torchvision was not built for."""
 
 import torch
 
@@ -9,10 +9,10 @@ _OPERATORS = {
 _library: torch.library.Library | None = None
 
 
-def let_streaming_import() -> None:
-    """Declare the torchvision operators that are missing. Call it before the first `import streaming`.
+def let_transformers_import() -> None:
+    """Declare the torchvision operators that are missing. Call it before the first `import transformers`.
 
-    streaming imports torchvision, which registers fake kernels for its compiled operators when it is imported
+    transformers imports torchvision, which registers fake kernels for its compiled operators when it is imported
     and fails where its binary doesn't match torch. Nothing here calls these operators: a declaration is enough.
     A torchvision that works is imported first and left alone.
     """
@@ -22,7 +22,7 @@ def let_streaming_import() -> None:
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        return  # streaming will say so itself
+        return  # transformers does without
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
